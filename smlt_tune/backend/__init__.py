@@ -1,0 +1,1 @@
+"""The end client: fleet, scheduler, ledger, platforms (paper 1)."""

@@ -1,0 +1,1 @@
+"""Places where functions run. Each knows the protocol in ``base``, none knows another."""

@@ -1,0 +1,144 @@
+"""What the backend knows about a place where functions run.
+
+One essential verb, :meth:`Platform.invoke`. What only some platforms can do is a small protocol of
+its own (:class:`Cancels`), never a method that raises NotImplementedError.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+#: Memory at which a function has one virtual CPU (AWS Lambda), in MB.
+MB_PER_VCPU = 1769
+
+Ending = Literal["returned", "crashed", "out_of_memory", "timed_out", "cancelled"]
+
+
+@dataclass(frozen=True)
+class PlatformLimits:
+    """What a platform allows.
+
+    Attributes:
+        min_memory_mb: Smallest function.
+        max_memory_mb: Largest function.
+        time_limit_s: Longest time an invocation may run.
+        concurrency: How many functions may run at once.
+        deliveries: How often the platform may run one invocation at most. Reservations count it.
+        max_workers: Largest job.
+    """
+
+    min_memory_mb: int
+    max_memory_mb: int
+    time_limit_s: float
+    concurrency: int
+    deliveries: int = 1
+    max_workers: int = 1000
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One call of a function.
+
+    Attributes:
+        invocation_id: Unique name; appears in the bill.
+        memory_mb: Memory of the function; gives its CPU share too.
+        timeout_s: The platform ends the function after this time. At most the platform's limit.
+        payload: Encoded :class:`smlt_tune.runtime.wire.WorkerSpec`. Holds secrets: never logged.
+        log_path: File to which the function's output is appended, or None.
+    """
+
+    invocation_id: str
+    memory_mb: int
+    timeout_s: float
+    payload: bytes
+    log_path: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"Invocation({self.invocation_id!r}, {self.memory_mb} MB, {self.timeout_s:g} s)"
+
+
+@dataclass(frozen=True)
+class InvocationResult:
+    """How an invocation ended, told once, after every delivery of it has ended.
+
+    Attributes:
+        invocation_id: Of the invocation.
+        ending: ``returned`` if any delivery returned.
+        billed_s: Billed duration of all deliveries together, seconds, rounded up to 1 ms each.
+        deliveries: How often it ran.
+        cold: Whether a new instance had to be started.
+        peak_mb: Highest resident memory, MB; 0 if it is not known.
+        start_s: Time from the call until the function's code ran, seconds.
+        cpu_s: CPU time used, seconds; 0 if it is not known.
+        detail: For people: signal, exit code, limit.
+    """
+
+    invocation_id: str
+    ending: Ending
+    billed_s: float
+    deliveries: int = 1
+    cold: bool = True
+    peak_mb: float = 0.0
+    start_s: float = 0.0
+    cpu_s: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a platform has charged for, by its own records.
+
+    Attributes:
+        gb_s: Billed memory-time, GB (1,024 MB) times seconds.
+        requests: Invocations delivered.
+    """
+
+    gb_s: float
+    requests: int
+
+
+Done = Callable[[InvocationResult], None]
+
+
+class Platform(Protocol):
+    """A place where functions run. May be used from several threads."""
+
+    @property
+    def name(self) -> str:
+        """As in ``Fleet(platform=...)``."""
+
+    @property
+    def limits(self) -> PlatformLimits:
+        """What it allows."""
+
+    def invoke(self, invocation: Invocation, on_done: Done) -> None:
+        """Starts a function with the payload and returns without waiting for it.
+
+        The function runs ``smlt_tune.runtime.worker.run(payload)``.
+
+        Args:
+            invocation: What to run.
+            on_done: Called exactly once, from any thread, when it is over. Must not block.
+
+        Raises:
+            Throttled: The concurrency limit is reached; nothing was started, nothing is billed.
+            PlatformError: The platform cannot run it.
+        """
+
+    def vcpus(self, memory_mb: int) -> float:
+        """Virtual CPUs of a function of that size."""
+
+    def bill(self) -> Bill:
+        """Everything charged so far, counted independently of the results handed out."""
+
+    def close(self) -> None:
+        """Ends all functions, waits for them, frees everything. Idempotent."""
+
+
+@runtime_checkable
+class Cancels(Protocol):
+    """A platform that can end a running invocation."""
+
+    def cancel(self, invocation_id: str) -> None:
+        """Ends it at once; ``on_done`` follows with ``cancelled``. Unknown ids are ignored."""

@@ -1,0 +1,1 @@
+"""Chooses allocations (paper 1b)."""

@@ -1,0 +1,1 @@
+"""Translations between tuners and fleets. None imports another."""

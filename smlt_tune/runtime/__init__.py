@@ -1,0 +1,1 @@
+"""What runs inside a function. Lean: knows no platform and never imports the backend."""

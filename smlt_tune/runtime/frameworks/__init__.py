@@ -1,0 +1,1 @@
+"""The seam to machine-learning frameworks: arrays in, arrays out."""

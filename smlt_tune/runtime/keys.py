@@ -1,0 +1,153 @@
+"""Every key of every store. No other module puts a key together.
+
+Parameter store (prefix ``smlt:<fleet>:``; everything carries a time to live)
+
+| key | type | written by | read by | deleted |
+|---|---|---|---|---|
+| ``events`` | stream | workers | the scheduler | as it is read |
+| ``<job>:g<G>:open`` | string | scheduler | workers: fenced off once it is gone | end of generation |
+| ``<job>:g<G>:start`` | string | scheduler | workers that wait to begin | end of generation |
+| ``<job>:g<G>:leave`` | string | scheduler | rank 0 | end of generation |
+| ``<job>:g<G>:init`` | string | rank 0 of a fresh job | the other ranks | end of generation |
+| ``<job>:g<G>:at`` | string | aggregator of shard 0 | late duplicates | end of generation |
+| ``<job>:g<G>:want`` | string | a replacement | survivors, while they wait | when answered |
+| ``<job>:g<G>:lock:<R>`` | string | one survivor | the other survivors | by expiry |
+| ``<job>:g<G>:gift:<R>`` | string | that survivor | the replacement | by expiry |
+| ``<job>:g<G>:s<S>:<J>:<r>`` | string | rank r: its part of shard J | the shard's aggregator | two syncs later |
+| ``<job>:g<G>:s<S>:<J>`` | string | the shard's aggregator | every rank | two syncs later |
+| ``<job>:g<G>:m<E>:<K>:<r>`` | string | rank r: its part of a mean | every rank | by expiry |
+| ``<job>:g<G>:end`` | string | rank 0 | the other ranks | end of generation |
+| ``<job>:g<G>:to<r>`` | stream | whoever wrote something for rank r | rank r | end of generation |
+
+G generation, S number of the gradient synchronisation since the job began, J shard, r rank, E epoch,
+K how many means came before in that epoch, R name of a request. The generation in the name fences
+zombies off: what they write lies where nobody reads any more.
+
+Object store
+
+| key | what |
+|---|---|
+| ``code/<sha256>`` | a pickled training function or configuration; the name is its content |
+| ``data/<sha256>/<k>`` and ``data/<sha256>/index`` | shards of an uploaded data set |
+| ``jobs/<job>/checkpoints/<position>-<crc32>.safetensors`` | checkpoints; sort like their positions |
+"""
+
+import zlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FleetKeys:
+    """Keys that belong to a whole fleet."""
+
+    fleet: str
+
+    @property
+    def prefix(self) -> str:
+        """What every key of the fleet in the parameter store starts with."""
+        return f"smlt:{self.fleet}:"
+
+    @property
+    def events(self) -> str:
+        """Stream of messages from the workers to the scheduler."""
+        return f"{self.prefix}events"
+
+    def generation(self, job: str, generation: int) -> "GenerationKeys":
+        """Keys of one generation of one job."""
+        return GenerationKeys(f"{self.prefix}{job}:g{generation}:")
+
+
+@dataclass(frozen=True)
+class GenerationKeys:
+    """Keys of one generation of one job; see the table at the top of the module."""
+
+    prefix: str
+
+    @property
+    def open(self) -> str:
+        """Exists for as long as the generation may write."""
+        return f"{self.prefix}open"
+
+    @property
+    def start(self) -> str:
+        """Says where the generation begins."""
+        return f"{self.prefix}start"
+
+    @property
+    def leave(self) -> str:
+        """Exists once the generation shall hand over."""
+        return f"{self.prefix}leave"
+
+    @property
+    def init(self) -> str:
+        """Names the checkpoint that holds rank 0's initial state."""
+        return f"{self.prefix}init"
+
+    @property
+    def at(self) -> str:
+        """Number of the newest complete synchronisation."""
+        return f"{self.prefix}at"
+
+    @property
+    def want(self) -> str:
+        """Name of the request of a replacement that needs the state."""
+        return f"{self.prefix}want"
+
+    @property
+    def end(self) -> str:
+        """Names the last checkpoint of the generation, once it is safe."""
+        return f"{self.prefix}end"
+
+    def lock(self, request: str) -> str:
+        """Held by the one survivor that answers a request."""
+        return f"{self.prefix}lock:{request}"
+
+    def gift(self, request: str) -> str:
+        """The answer to a request."""
+        return f"{self.prefix}gift:{request}"
+
+    def part(self, sync: int, shard: int, rank: int) -> str:
+        """One rank's contribution to one shard of one synchronisation."""
+        return f"{self.prefix}s{sync}:{shard}:{rank}"
+
+    def shard(self, sync: int, shard: int) -> str:
+        """One aggregated shard of one synchronisation."""
+        return f"{self.prefix}s{sync}:{shard}"
+
+    def mean(self, epoch: int, ordinal: int, rank: int) -> str:
+        """One rank's contribution to a mean."""
+        return f"{self.prefix}m{epoch}:{ordinal}:{rank}"
+
+    def tokens(self, rank: int) -> str:
+        """Stream that wakes one rank up."""
+        return f"{self.prefix}to{rank}"
+
+
+def code(digest: str) -> str:
+    """Key of a pickled function or configuration in the object store."""
+    return f"code/{digest}"
+
+
+def data_index(digest: str) -> str:
+    """Key of the description of an uploaded data set."""
+    return f"data/{digest}/index"
+
+
+def data_shard(digest: str, shard: int) -> str:
+    """Key of one shard of an uploaded data set."""
+    return f"data/{digest}/{shard:06d}"
+
+
+def checkpoints(job: str) -> str:
+    """Prefix of a job's checkpoints in the object store."""
+    return f"jobs/{job}/checkpoints/"
+
+
+def checkpoint(job: str, position: str, content: bytes) -> str:
+    """Key of a checkpoint: sorts by position, and carries a checksum of its content."""
+    return f"{checkpoints(job)}{position}-{zlib.crc32(content):08x}.safetensors"
+
+
+def checkpoint_crc(key: str) -> int:
+    """The checksum that a checkpoint's key carries."""
+    return int(key.rsplit("-", 1)[1].removesuffix(".safetensors"), 16)

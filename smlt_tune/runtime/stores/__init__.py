@@ -1,0 +1,1 @@
+"""Parameter stores and object stores, one file each, behind the protocols of ``base``."""
