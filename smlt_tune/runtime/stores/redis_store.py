@@ -32,8 +32,6 @@ _LARGEST = 512 * 2**20
 _SMALL = 6000
 #: A connection that has shown no byte for this long, in seconds, is given up.
 _SILENCE_S = 10.0
-#: Received at once, in bytes; redis-py's own 32 KB cost a third of the throughput.
-_READ_SIZE = 256 * 1024
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 
 
@@ -236,7 +234,6 @@ def _pool(url: str, silence_s: float) -> tuple[str, redis.ConnectionPool]:
             max_connections=2**16,
             socket_timeout=silence_s,
             socket_connect_timeout=silence_s,
-            socket_read_size=_READ_SIZE,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
             **options,
