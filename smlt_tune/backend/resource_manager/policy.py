@@ -1,0 +1,200 @@
+"""How large a job's generations are: what a policy knows, what it says, and the simplest one."""
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from smlt_tune.backend.goals import Cheapest, Goal, goal_mistakes
+from smlt_tune.backend.platforms.base import MB_PER_VCPU, PlatformLimits
+from smlt_tune.errors import InvalidInput
+
+_DEFAULT_WORKERS = 2
+_DEFAULT_STORE = "default"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What one generation of a job runs on.
+
+    Attributes:
+        workers: How many functions.
+        memory_mb: Memory of each, MB; gives its share of CPU too.
+        store: Parameter store that they synchronise over.
+
+    Raises:
+        InvalidInput: A number is not whole or below 1, or the store has no name.
+    """
+
+    workers: int
+    memory_mb: int
+    store: str = _DEFAULT_STORE
+
+    def __post_init__(self) -> None:
+        mistakes = _not_counts({"workers": self.workers, "memory_mb": self.memory_mb})
+        if not self.store:
+            mistakes.append("store must have a name")
+        if mistakes:
+            raise InvalidInput([f"Allocation: {mistake}" for mistake in mistakes])
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the user fixed. May be impossible: :func:`check` says so.
+
+    Attributes:
+        workers: Pinned number of workers, or None to have it chosen.
+        memory_mb: Pinned memory of a function, MB, or None to have it chosen.
+        min_workers: Fewest workers to choose.
+        max_workers: Most workers to choose; None for what the platform allows.
+    """
+
+    workers: int | None = None
+    memory_mb: int | None = None
+    min_workers: int = 1
+    max_workers: int | None = None
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """Everything that a policy may look at.
+
+    Attributes:
+        job_id: Of the job.
+        limits: Of its platform.
+        goal: What the user wants.
+        bounds: What the user fixed.
+        allocation: Of the current generation; None before the first.
+        peak_mb: Highest resident memory of a worker that was seen, MB; 0 if none was.
+        iterations: Iterations that the current generation has done.
+        busy_s: Time that a worker of it computed, seconds, over these iterations.
+        sync_s: Time that a worker of it synchronised, seconds, over these iterations.
+        batch: Global batch size, samples; 0 if it is not known.
+    """
+
+    job_id: str
+    limits: PlatformLimits
+    goal: Goal = field(default_factory=Cheapest)
+    bounds: Bounds = Bounds()
+    allocation: Allocation | None = None
+    peak_mb: float = 0.0
+    iterations: int = 0
+    busy_s: float = 0.0
+    sync_s: float = 0.0
+    batch: int = 0
+
+
+class AllocationPolicy(Protocol):
+    """Chooses allocations. Every verb is a pure function of its arguments.
+
+    The facts have passed :func:`check`. What is pinned stays as it is pinned.
+    """
+
+    def first(self, facts: JobFacts) -> Allocation:
+        """For the first generation of a job."""
+
+    def after_out_of_memory(self, facts: JobFacts, peak_mb: float) -> Allocation | None:
+        """For a job whose worker exceeded its memory.
+
+        Args:
+            facts: With the allocation that was too small.
+            peak_mb: Memory that the worker had when it ended, MB; 0 if it is not known.
+
+        Returns:
+            One with more memory, or None to give up: it is pinned, or there is no more.
+        """
+
+    def review(self, facts: JobFacts) -> Allocation | None:
+        """For a job that runs; None to stay with what it has."""
+
+
+class PinnedOrDefault:
+    """Pins win. Otherwise two workers of one virtual CPU each; twice the memory once it runs out.
+
+    Never changes a job that runs.
+    """
+
+    def first(self, facts: JobFacts) -> Allocation:  # noqa: D102 - the contract is the protocol's
+        bounds, limits = facts.bounds, facts.limits
+        workers = bounds.workers
+        if workers is None:
+            workers = max(bounds.min_workers, min(_DEFAULT_WORKERS, most_workers(facts)))
+        memory_mb = bounds.memory_mb
+        if memory_mb is None:
+            memory_mb = max(limits.min_memory_mb, min(MB_PER_VCPU, limits.max_memory_mb))
+        return Allocation(workers, memory_mb)
+
+    def after_out_of_memory(  # noqa: D102
+        self, facts: JobFacts, peak_mb: float
+    ) -> Allocation | None:
+        current = facts.allocation or self.first(facts)
+        most = facts.limits.max_memory_mb
+        if facts.bounds.memory_mb is not None or current.memory_mb >= most:
+            return None
+        return replace(current, memory_mb=min(2 * current.memory_mb, most))
+
+    def review(self, facts: JobFacts) -> Allocation | None:  # noqa: D102
+        return None
+
+
+def most_workers(facts: JobFacts) -> int:
+    """The most workers that both the user and the platform allow."""
+    platform = _most_on_platform(facts.limits)
+    wanted = facts.bounds.max_workers
+    return platform if wanted is None else min(wanted, platform)
+
+
+def check(facts: JobFacts) -> list[str]:
+    """Every mistake in what the user fixed, one sentence each; empty if the job can be placed."""
+    bounds = facts.bounds
+    given = {
+        "workers": bounds.workers,
+        "memory_mb": bounds.memory_mb,
+        "min_workers": bounds.min_workers,
+        "max_workers": bounds.max_workers,
+    }
+    # What is no number cannot be compared.
+    mistakes = _not_counts({name: value for name, value in given.items() if value is not None})
+    return goal_mistakes(facts.goal) + (
+        mistakes or _check_workers(bounds, facts.limits) + _check_memory(bounds, facts.limits)
+    )
+
+
+def _check_workers(bounds: Bounds, limits: PlatformLimits) -> list[str]:
+    mistakes = []
+    low, high, pinned = bounds.min_workers, bounds.max_workers, bounds.workers
+    most = _most_on_platform(limits)
+    if high is not None and low > high:
+        mistakes.append(f"min_workers={low} is more than max_workers={high}")
+    if low > most:
+        mistakes.append(f"min_workers={low} is more than the platform can run at once ({most})")
+    if pinned is None:
+        return mistakes
+    if pinned > most:
+        mistakes.append(f"workers={pinned} is more than the platform can run at once ({most})")
+    if high is not None and pinned > high:
+        mistakes.append(f"workers={pinned} is more than max_workers={high}")
+    if pinned < low:
+        mistakes.append(f"workers={pinned} is less than min_workers={low}")
+    return mistakes
+
+
+def _check_memory(bounds: Bounds, limits: PlatformLimits) -> list[str]:
+    low, high, pinned = limits.min_memory_mb, limits.max_memory_mb, bounds.memory_mb
+    if pinned is None or low <= pinned <= high:
+        return []
+    return [f"memory_mb={pinned} is not among what the platform offers ({low} to {high} MB)"]
+
+
+def _most_on_platform(limits: PlatformLimits) -> int:
+    return min(limits.max_workers, limits.concurrency)
+
+
+def _not_counts(given: dict[str, int]) -> list[str]:
+    return [
+        f"{name} must be a whole number of at least 1, not {value!r}"
+        for name, value in given.items()
+        if not _is_count(value)
+    ]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
