@@ -5,23 +5,23 @@ Parameter store (prefix ``smlt:<fleet>:``; everything carries a time to live)
 | key | type | written by | read by | deleted |
 |---|---|---|---|---|
 | ``events`` | stream | workers | the scheduler | as it is read |
-| ``<job>:g<G>:open`` | string | scheduler | workers: fenced off once it is gone | end of generation |
+| ``<job>:g<G>:open`` | string | scheduler | workers: fenced off without it | end of generation |
 | ``<job>:g<G>:start`` | string | scheduler | workers that wait to begin | end of generation |
 | ``<job>:g<G>:leave`` | string | scheduler | rank 0 | end of generation |
 | ``<job>:g<G>:init`` | string | rank 0 of a fresh job | the other ranks | end of generation |
-| ``<job>:g<G>:at`` | string | aggregator of shard 0 | late duplicates | end of generation |
-| ``<job>:g<G>:want`` | string | a replacement | survivors, while they wait | when answered |
+| ``<job>:g<G>:gone`` | string | aggregator of shard 0 | late duplicates | end of generation |
+| ``<job>:g<G>:want:<r>`` | string | a replacement of rank r | survivors | end of generation |
 | ``<job>:g<G>:lock:<R>`` | string | one survivor | the other survivors | by expiry |
 | ``<job>:g<G>:gift:<R>`` | string | that survivor | the replacement | by expiry |
-| ``<job>:g<G>:s<S>:<J>:<r>`` | string | rank r: its part of shard J | the shard's aggregator | two syncs later |
-| ``<job>:g<G>:s<S>:<J>`` | string | the shard's aggregator | every rank | two syncs later |
-| ``<job>:g<G>:m<E>:<K>:<r>`` | string | rank r: its part of a mean | every rank | by expiry |
+| ``<job>:g<G>:s<S>:<J>:<r>`` | string | part of rank r of shard J | its aggregator | soon after |
+| ``<job>:g<G>:s<S>:<J>`` | string | the shard's aggregator | every rank | soon after |
+| ``<job>:g<G>:m<P>:<r>`` | string | part of rank r of a mean | every rank | by expiry |
 | ``<job>:g<G>:end`` | string | rank 0 | the other ranks | end of generation |
 | ``<job>:g<G>:to<r>`` | stream | whoever wrote something for rank r | rank r | end of generation |
 
-G generation, S number of the gradient synchronisation since the job began, J shard, r rank, E epoch,
-K how many means came before in that epoch, R name of a request. The generation in the name fences
-zombies off: what they write lies where nobody reads any more.
+G generation, S number of the gradient synchronisation since the job began, J shard, r rank, P place
+in the program, R name of a request. The generation in the name fences zombies off: what they write
+lies where nobody reads any more.
 
 Object store
 
@@ -29,7 +29,7 @@ Object store
 |---|---|
 | ``code/<sha256>`` | a pickled training function or configuration; the name is its content |
 | ``data/<sha256>/<k>`` and ``data/<sha256>/index`` | shards of an uploaded data set |
-| ``jobs/<job>/checkpoints/<position>-<crc32>.safetensors`` | checkpoints; sort like their positions |
+| ``jobs/<job>/checkpoints/<position>-<crc32>.safetensors`` | checkpoints; sort like positions |
 """
 
 import zlib
@@ -84,14 +84,13 @@ class GenerationKeys:
         return f"{self.prefix}init"
 
     @property
-    def at(self) -> str:
-        """Number of the newest complete synchronisation."""
-        return f"{self.prefix}at"
+    def gone(self) -> str:
+        """Number of the newest synchronisation whose values were deleted."""
+        return f"{self.prefix}gone"
 
-    @property
-    def want(self) -> str:
-        """Name of the request of a replacement that needs the state."""
-        return f"{self.prefix}want"
+    def want(self, rank: int) -> str:
+        """Name of the request of a replacement of a rank that needs the state."""
+        return f"{self.prefix}want:{rank}"
 
     @property
     def end(self) -> str:
@@ -114,9 +113,9 @@ class GenerationKeys:
         """One aggregated shard of one synchronisation."""
         return f"{self.prefix}s{sync}:{shard}"
 
-    def mean(self, epoch: int, ordinal: int, rank: int) -> str:
+    def mean(self, place: str, rank: int) -> str:
         """One rank's contribution to a mean."""
-        return f"{self.prefix}m{epoch}:{ordinal}:{rank}"
+        return f"{self.prefix}m{place}:{rank}"
 
     def tokens(self, rank: int) -> str:
         """Stream that wakes one rank up."""

@@ -80,7 +80,8 @@ class WorkerSpec(Message, kind="worker"):
         rank: Which worker of the group.
         workers: Size of the group.
         incarnation: How many invocations of this rank of this generation came before.
-        shards: Into how many shards gradients are cut (paper 3.3: m).
+        joining: The generation is under way: ask its survivors for the state.
+        shards: Into how many shards gradients are cut (paper 3.3: m); 0 chooses by their size.
         seed: Of the job; everything random derives from it.
         function: SHA-256 of the pickled training function in the object store.
         config: SHA-256 of the pickled configuration in the object store.
@@ -100,6 +101,7 @@ class WorkerSpec(Message, kind="worker"):
     rank: int
     workers: int
     incarnation: int
+    joining: bool
     shards: int
     seed: int
     function: str
@@ -208,6 +210,14 @@ class Saved(WorkerEvent, kind="saved"):
     """
 
     checkpoint: str
+
+
+@dataclass(frozen=True)
+class Stuck(WorkerEvent, kind="stuck"):
+    """A replacement asked for the state, but no survivor still has that of the iteration's start.
+
+    The generation has to begin again at the last checkpoint.
+    """
 
 
 @dataclass(frozen=True)

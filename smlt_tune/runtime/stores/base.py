@@ -1,8 +1,8 @@
 """The two storage tiers, as the rest of the package sees them.
 
 A parameter store holds small, hot, short-lived values in memory (paper 3b). An object store holds
-code, data and checkpoints (paper 3a). Implementations raise only :mod:`smlt_tune.errors`, retry what
-is worth retrying themselves, and may be used from several threads.
+code, data and checkpoints (paper 3a). Implementations raise only :mod:`smlt_tune.errors`, retry
+what is worth retrying themselves, and may be used from several threads.
 """
 
 from collections.abc import Mapping, Sequence

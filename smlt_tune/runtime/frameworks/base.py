@@ -1,0 +1,75 @@
+"""What the session needs to know about a machine-learning framework.
+
+Arrays in, arrays out: gradients cross this seam as one flat numpy vector, state as bytes in
+safetensors form. A framework is recognised by the objects that are handed to ``session.prepare``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass has produced.
+
+    Attributes:
+        vector: Gradients, then floating-point buffers, flat; shape (p,), float32 or float64.
+        check: Checksum of which parameters and buffers the vector is made of.
+    """
+
+    vector: NDArray[Any]
+    check: int
+
+
+class Framework(Protocol):
+    """The prepared objects of one training function."""
+
+    def add(self, objects: tuple[Any, ...]) -> None:
+        """Takes objects in. Raises InvalidInput that lists those that have no state to keep."""
+
+    def on_backward(self, callback: Callable[[], None], *, every_gradient: bool) -> None:
+        """Calls back at the end of every backward pass that reached a prepared parameter.
+
+        Args:
+            callback: May replace the gradients.
+            every_gradient: Otherwise a call once per optimizer step is enough.
+        """
+
+    def gradients(self) -> Gradients:
+        """Of the backward pass that has just ended."""
+
+    def replace_gradients(self, vector: NDArray[np.floating[Any]]) -> None:
+        """Puts back what :meth:`gradients` gave, summed up over the workers."""
+
+    def keep_light(self) -> None:
+        """Remembers what may change before the next optimizer step: buffers, hyper-parameters."""
+
+    def keep_all(self) -> None:
+        """Remembers everything, because the optimizer is about to step."""
+
+    def save(self, meta: Mapping[str, str], *, kept: bool) -> bytes:
+        """A checkpoint of all objects.
+
+        Args:
+            meta: Goes into the header.
+            kept: Of the remembered state instead of the present one.
+        """
+
+    def load(self, content: bytes, first: int) -> None:
+        """Restores the objects from the ``first``-th on from a checkpoint."""
+
+    def as_native(self, arrays: Any) -> Any:
+        """Numpy arrays as the framework's tensors."""
+
+
+def read_meta(content: bytes) -> dict[str, str]:
+    """The header that :meth:`Framework.save` put into a checkpoint."""
+    import json
+
+    size = int.from_bytes(content[:8], "little")
+    meta: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    return meta

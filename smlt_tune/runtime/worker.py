@@ -1,0 +1,78 @@
+"""Entry of one invocation: everything that a function does, on any platform."""
+
+import hashlib
+import sys
+import traceback
+from typing import Any
+
+import cloudpickle
+
+from smlt_tune.errors import ObjectDamaged, StoreError
+from smlt_tune.runtime import keys, wire
+from smlt_tune.runtime.aggregator import TTL_S, Superseded
+from smlt_tune.runtime.handover import Leave
+from smlt_tune.runtime.session import Home, Session
+from smlt_tune.runtime.stores.base import ObjectStore
+from smlt_tune.runtime.stores.opening import open_object_store, open_parameter_store
+
+
+def run(payload: bytes) -> None:
+    """Runs one worker until it is done, hands over, or fails; says so through the store.
+
+    Args:
+        payload: Encoded :class:`~smlt_tune.runtime.wire.WorkerSpec`.
+    """
+    spec = wire.WorkerSpec.decode(payload)
+    parameter_store = open_parameter_store(spec.parameter_store)
+    try:
+        object_store = open_object_store(spec.object_store, spec.store_options)
+        _train(spec, Home(spec, parameter_store, object_store))
+    except (Leave, Superseded):
+        pass  # what there was to say has been said
+    except BaseException as error:  # noqa: BLE001 - the boundary of the process: tell, do not die
+        failed = wire.Failed(
+            job=spec.job,
+            generation=spec.generation,
+            rank=spec.rank,
+            incarnation=spec.incarnation,
+            error=f"{type(error).__name__}: {error}",
+            traceback=_users_part(error),
+            retry=isinstance(error, StoreError) and not isinstance(error, ObjectDamaged),
+        )
+        parameter_store.append(keys.FleetKeys(spec.fleet).events, failed.encode(), ttl_s=TTL_S)
+    finally:
+        parameter_store.close()
+
+
+def _train(spec: wire.WorkerSpec, home: Home) -> None:
+    function = _load(home.object_store, spec.function)
+    config = _load(home.object_store, spec.config)
+    _set_threads(spec.vcpus)
+    with Session(home) as session:
+        value = function(config)
+        session.finish(value)
+
+
+def _load(store: ObjectStore, digest: str) -> Any:
+    """Unpickles what the fleet has named in the payload, and nothing else (invariant 10)."""
+    content = store.get(keys.code(digest))
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ObjectDamaged(
+            f"{keys.code(digest)} in the object store is not what the fleet stored there; it was "
+            "not executed"
+        )
+    return cloudpickle.loads(content)
+
+
+def _set_threads(vcpus: float) -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(max(1, int(vcpus)))
+
+
+def _users_part(error: BaseException) -> str:
+    """The traceback without this module's own frames."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__))
