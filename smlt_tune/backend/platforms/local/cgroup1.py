@@ -1,0 +1,167 @@
+"""Limits by control groups, version 1: one directory for CPU and one for memory per instance."""
+
+# ruff: noqa: D102 - the contracts stand on the protocols
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smlt_tune.backend.platforms.local import linux
+from smlt_tune.backend.platforms.local.cgroupfs import (
+    counter,
+    mounts,
+    own_paths,
+    processes,
+    put,
+    reap_under,
+    remove_tree,
+)
+from smlt_tune.backend.platforms.local.isolation import Share, owner_name, quota_us
+
+_CONTROLLERS = ("cpu", "memory")
+
+
+class Cgroup1:
+    """Version 1 hierarchies with writable ``cpu`` and ``memory`` controllers.
+
+    Args:
+        cpu: Directory under which groups for CPU are made.
+        memory: The same for memory.
+    """
+
+    name = "cgroup1"
+
+    def __init__(self, cpu: Path, memory: Path) -> None:
+        self._bases = tuple(dict.fromkeys((cpu, memory)))
+        self._cpu = cpu
+        self._memory = memory
+        self._owner = ""
+
+    @classmethod
+    def find(cls, proc: Path = Path("/proc/self")) -> Cgroup1 | str:
+        """Looks for it below the groups of the calling process.
+
+        Args:
+            proc: Where ``mountinfo`` and ``cgroup`` of the process lie.
+
+        Returns:
+            The isolation, or why it cannot be used.
+        """
+        found = {}
+        paths = own_paths(proc)
+        for mount in mounts(proc, "cgroup"):
+            for controller in set(_CONTROLLERS) & mount.options:
+                found[controller] = mount.directory(paths.get(controller, "/"))
+        missing = [name for name in _CONTROLLERS if name not in found]
+        if missing:
+            return f"no version 1 hierarchy for {' and '.join(missing)} is mounted"
+        isolation = cls(found["cpu"], found["memory"])
+        try:
+            isolation._try_out()
+        except OSError as error:
+            return f"cannot make groups: {error}"
+        return isolation
+
+    def _try_out(self) -> None:
+        name = owner_name(f"probe-{os.urandom(4).hex()}")
+        made = []
+        try:
+            for base in self._bases:
+                (base / name).mkdir()
+                made.append(base / name)
+            for path in (
+                self._cpu / name / "cpu.cfs_quota_us",
+                self._memory / name / "memory.limit_in_bytes",
+            ):
+                put(path, path.read_text().strip())
+        finally:
+            for path in made:
+                path.rmdir()
+
+    def reap(self) -> None:
+        for base in self._bases:
+            reap_under(base)
+
+    def open(self) -> None:
+        self._owner = owner_name()
+        for base in self._bases:
+            (base / self._owner).mkdir()
+
+    def cage(self, number: int, share: Share) -> Cgroup1Cage:
+        name = f"{self._owner}/{number}"
+        return Cgroup1Cage(self._cpu / name, self._memory / name, share)
+
+    def close(self) -> None:
+        for base in self._bases:
+            remove_tree(base / self._owner)
+
+
+class Cgroup1Cage:
+    """The two groups of one instance."""
+
+    interval_s: float | None = None
+
+    def __init__(self, cpu: Path, memory: Path, share: Share) -> None:
+        self._cpu = cpu
+        self._memory = memory
+        self._share = share
+        self._groups = tuple(dict.fromkeys((cpu, memory)))
+        for group in self._groups:
+            group.mkdir()
+        quota, period = quota_us(share.cores)
+        put(cpu / "cpu.cfs_period_us", period)
+        put(cpu / "cpu.cfs_quota_us", quota)
+        put(memory / "memory.limit_in_bytes", share.own_bytes)
+        # Never below the limit without swap, hence after it. Missing where swap is not accounted.
+        put(memory / "memory.memsw.limit_in_bytes", share.own_bytes, optional=True)
+        put(memory / "memory.swappiness", 0, optional=True)
+
+    def enter(self) -> None:
+        for group in self._groups:
+            put(group / "cgroup.procs", 0)
+
+    def adopt(self, pid: int) -> None:
+        """Nothing: the process has entered by itself."""
+
+    def resume(self) -> None:
+        """Nothing: the kernel enforces the limits."""
+
+    def enforce(self, now: float) -> None:
+        """Nothing: the kernel enforces the limits."""
+
+    def exceeded_mb(self, peak_bytes: int) -> float:
+        try:
+            text = (self._memory / "memory.oom_control").read_text()
+        except OSError:
+            return 0.0
+        kills = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+        if kills is None or int(kills[1]) == 0:
+            return 0.0
+        own = counter(self._memory / "memory.max_usage_in_bytes") or self._share.own_bytes
+        return (self._share.preloaded.total + own) / linux.MB
+
+    def kill(self) -> None:
+        for group in self._groups:
+            linux.signal_all(processes(group), signal.SIGKILL)
+
+    def remove(self) -> bool:
+        try:
+            for group in self._groups:
+                if group.exists():
+                    group.rmdir()
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            raise
+        return True
+
+
+if TYPE_CHECKING:
+    from smlt_tune.backend.platforms.local.isolation import Isolation
+
+    _: Isolation = Cgroup1(Path(), Path())

@@ -1,0 +1,174 @@
+"""Limits by control groups, version 2: one directory per instance."""
+
+# ruff: noqa: D102 - the contracts stand on the protocols
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smlt_tune.backend.platforms.local import linux
+from smlt_tune.backend.platforms.local.cgroupfs import (
+    counter,
+    mounts,
+    own_paths,
+    processes,
+    put,
+    reap_under,
+    remove_tree,
+)
+from smlt_tune.backend.platforms.local.isolation import Share, owner_name, quota_us
+
+_CONTROLLERS = frozenset({"cpu", "memory"})
+
+
+class Cgroup2:
+    """A version 2 group that we may write to, with ``cpu`` and ``memory`` for its children.
+
+    Args:
+        base: The group under which groups are made.
+    """
+
+    name = "cgroup2"
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._owner = base
+
+    @classmethod
+    def find(cls, proc: Path = Path("/proc/self")) -> Cgroup2 | str:
+        """Looks for a group that we may use: that of the calling process or one above it.
+
+        A group with processes cannot hand controllers on to its children, hence the search
+        upwards; and a process may move only within a group that its user may write to, hence no
+        search elsewhere.
+
+        Args:
+            proc: Where ``mountinfo`` and ``cgroup`` of the process lie.
+
+        Returns:
+            The isolation, or why it cannot be used.
+        """
+        mounted = mounts(proc, "cgroup2")
+        if not mounted:
+            return "no version 2 hierarchy is mounted"
+        reasons = []
+        for mount in mounted:
+            own = mount.directory(own_paths(proc).get("", "/"))
+            for group in (own, *own.parents):
+                if not group.is_relative_to(mount.point):
+                    break
+                try:
+                    _hand_on(group)
+                    cls(group)._try_out()
+                except OSError as error:
+                    reasons.append(f"{group}: {error}")
+                else:
+                    return cls(group)
+        return "; ".join(reasons)
+
+    def _try_out(self) -> None:
+        group = self._base / owner_name(f"probe-{os.urandom(4).hex()}")
+        group.mkdir()
+        try:
+            for name in ("cpu.max", "memory.max"):
+                put(group / name, (group / name).read_text().strip())
+        finally:
+            group.rmdir()
+
+    def reap(self) -> None:
+        reap_under(self._base)
+
+    def open(self) -> None:
+        self._owner = self._base / owner_name()
+        self._owner.mkdir()
+        _hand_on(self._owner)
+
+    def cage(self, number: int, share: Share) -> Cgroup2Cage:
+        return Cgroup2Cage(self._owner / str(number), share)
+
+    def close(self) -> None:
+        remove_tree(self._owner)
+
+
+def _hand_on(group: Path) -> None:
+    """Makes the controllers available to the children of a group.
+
+    Raises:
+        OSError: It has not got them itself, or has processes of its own, or we may not.
+    """
+    missing = _CONTROLLERS - set((group / "cgroup.controllers").read_text().split())
+    if missing:
+        raise OSError(f"the controllers {', '.join(sorted(missing))} are not available")
+    if not os.access(group / "cgroup.procs", os.W_OK):
+        raise OSError("not writable")
+    wanted = _CONTROLLERS - set((group / "cgroup.subtree_control").read_text().split())
+    if wanted:
+        put(group / "cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(wanted)))
+
+
+class Cgroup2Cage:
+    """The group of one instance."""
+
+    interval_s: float | None = None
+
+    def __init__(self, group: Path, share: Share) -> None:
+        self._group = group
+        self._share = share
+        group.mkdir()
+        quota, period = quota_us(share.cores)
+        put(group / "cpu.max", f"{quota} {period}")
+        put(group / "memory.max", share.own_bytes)
+        put(group / "memory.swap.max", 0, optional=True)
+        # A function that exceeds its memory ends as a whole.
+        put(group / "memory.oom.group", 1, optional=True)
+
+    def enter(self) -> None:
+        put(self._group / "cgroup.procs", 0)
+
+    def adopt(self, pid: int) -> None:
+        """Nothing: the process has entered by itself."""
+
+    def resume(self) -> None:
+        """Nothing: the kernel enforces the limits."""
+
+    def enforce(self, now: float) -> None:
+        """Nothing: the kernel enforces the limits."""
+
+    def exceeded_mb(self, peak_bytes: int) -> float:
+        try:
+            text = (self._group / "memory.events").read_text()
+        except OSError:
+            return 0.0
+        kills = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+        if kills is None or int(kills[1]) == 0:
+            return 0.0
+        own = counter(self._group / "memory.peak") or self._share.own_bytes
+        return (self._share.preloaded.total + own) / linux.MB
+
+    def kill(self) -> None:
+        try:
+            put(self._group / "cgroup.kill", 1)
+        except OSError:  # before Linux 5.14
+            linux.signal_all(processes(self._group), signal.SIGKILL)
+
+    def remove(self) -> bool:
+        try:
+            self._group.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            raise
+        return True
+
+
+if TYPE_CHECKING:
+    from smlt_tune.backend.platforms.local.isolation import Isolation
+
+    _: Isolation = Cgroup2(Path())

@@ -1,0 +1,373 @@
+"""AWS Lambda on one Linux machine: what the end client talks to."""
+
+# ruff: noqa: D102 - the contracts stand on the protocols
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from smlt_tune.backend.platforms.base import (
+    Bill,
+    Done,
+    Invocation,
+    InvocationResult,
+    PlatformLimits,
+)
+from smlt_tune.backend.platforms.local import channel, isolation, probe
+from smlt_tune.backend.platforms.local.launch import Helper
+from smlt_tune.backend.platforms.local.options import (
+    PRELOAD,
+    Billing,
+    Options,
+    check_invocation,
+)
+from smlt_tune.backend.platforms.local.supervisor import Settings
+from smlt_tune.errors import InvalidInput, PlatformError, Throttled
+from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
+
+_log = logging.getLogger(__name__)
+
+
+class LocalPlatform:
+    """Functions as limited processes of this machine, faithful to AWS Lambda.
+
+    Memory gives the CPU share (1,769 MB = 1 virtual CPU, scaled to the machine). Memory, CPU share
+    and time limit are enforced. There are cold and warm starts, a concurrency limit that throttles,
+    double delivery if wanted, and billing per millisecond.
+
+    A helper process, started at once, imports the modules that functions need and forks functions
+    from itself: they start within milliseconds and share that memory. It counts towards the memory
+    of each function nevertheless, as it would on Lambda. Functions end with the client, however it
+    ends. Safe to use from several threads; a forked child of the client must not use it.
+
+    Args:
+        concurrency: How many functions may run at once, warm ones that wait included.
+        time_limit_s: Longest time an invocation may ask for, seconds.
+        cores_per_vcpu: Real cores behind one virtual CPU. None: the cores of this machine less 0.3,
+            divided by ``concurrency``, at most 1.
+        billing: ``wall``: by the time that passes. ``cpu``: by the CPU time used, divided by the
+            cores that the function may use: the same while it computes, and blind to other load.
+        keep_alive_s: How long an idle instance stays warm, seconds.
+        duplicates: Whether everything is delivered twice, at the same time, if there is room.
+        isolation: How limits are enforced: by control groups or, without any privilege, by a
+            watchdog. ``auto`` takes the first of cgroup1, cgroup2, watchdog that works.
+        entry: Function that is run with the payload, as ``package.module:function``.
+        preload: Modules that the helper imports; those that are not installed are left out.
+        clock: Source of time.
+
+    Raises:
+        InvalidInput: Options are wrong; lists every mistake.
+        PlatformError: The isolation that was asked for does not work on this machine.
+    """
+
+    name = "local"
+
+    def __init__(
+        self,
+        *,
+        concurrency: int = 8,
+        time_limit_s: float = 900.0,
+        cores_per_vcpu: float | None = None,
+        billing: Billing = "wall",
+        keep_alive_s: float = 60.0,
+        duplicates: bool = False,
+        isolation: probe.IsolationName = "auto",
+        entry: str = "smlt_tune.runtime.worker:run",
+        preload: Sequence[str] = PRELOAD,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._options = Options(
+            concurrency=concurrency,
+            time_limit_s=time_limit_s,
+            cores_per_vcpu=cores_per_vcpu,
+            billing=billing,
+            keep_alive_s=keep_alive_s,
+            duplicates=duplicates,
+            isolation=isolation,
+            entry=entry,
+            preload=preload,
+        )
+        self._limits = self._options.limits()
+        self._isolation = probe.find(isolation)
+        self._usable_cores = probe.usable_cores()
+        self._scale = self._options.scale(self._usable_cores)
+        self._clock = clock
+        self._owner = os.getpid()
+        self._numbers = itertools.count(1)
+        # The state; nothing blocks while it is held.
+        self._lock = threading.Lock()
+        self._executions: dict[str, _Execution] = {}
+        self._deliveries: dict[int, _Delivery] = {}
+        self._mb_ms = 0
+        self._requests = 0
+        self._closed = False
+        # Held while something is sent, so that a cancellation cannot overtake its invocation.
+        # Taken before the state's, never after it, and never by the reader of events.
+        self._sending = threading.Lock()
+        self._results: queue.SimpleQueue[tuple[Done, InvocationResult] | None] = queue.SimpleQueue()
+        self._teller = threading.Thread(
+            target=self._tell_results, name="smlt-local-results", daemon=True
+        )
+        self._reader: threading.Thread | None = None
+        self._helper: Helper | None = None
+        self._ready = False
+        self._start_helper()
+        self._teller.start()
+
+    @property
+    def isolation(self) -> str:
+        """How limits are enforced: ``cgroup1``, ``cgroup2`` or ``watchdog``."""
+        return self._isolation.name
+
+    @property
+    def limits(self) -> PlatformLimits:
+        return self._limits
+
+    def vcpus(self, memory_mb: int) -> float:
+        return isolation.vcpus(memory_mb)
+
+    def cores(self, memory_mb: int) -> float:
+        """Real cores that a function of that size may use."""
+        return isolation.cores(memory_mb, self._scale, self._usable_cores)
+
+    def bill(self) -> Bill:
+        with self._lock:
+            return Bill(gb_s=self._mb_ms / 1024 / 1000, requests=self._requests)
+
+    def invoke(self, invocation: Invocation, on_done: Done) -> None:
+        check_invocation(invocation, self._limits)
+        with self._sending:
+            with self._lock:
+                helper, numbers = self._admit(invocation, on_done)
+            order = {
+                "do": "run",
+                "memory_mb": invocation.memory_mb,
+                "cores": self.cores(invocation.memory_mb),
+                "timeout_s": min(invocation.timeout_s, self._limits.time_limit_s),
+                "log": str(invocation.log_path.absolute()) if invocation.log_path else None,
+            }
+            for number in numbers:
+                _send(helper, {**order, "delivery": number}, invocation.payload)
+
+    def _admit(self, invocation: Invocation, on_done: Done) -> tuple[Helper, list[int]]:
+        name = invocation.invocation_id
+        if self._closed:
+            raise PlatformError("the local platform is closed; make a new one")
+        if name in self._executions:
+            raise InvalidInput(f"invocation_id={name!r}: an invocation of that name is running")
+        room = self._limits.concurrency - len(self._deliveries)
+        if room < 1:
+            raise Throttled(
+                f"{len(self._deliveries)} functions are running, concurrency="
+                f"{self._limits.concurrency} allows no more: wait until one has ended"
+            )
+        helper = self._helper or self._start_helper()
+        execution = _Execution(invocation, on_done, self._clock.monotonic())
+        self._executions[name] = execution
+        for number in itertools.islice(self._numbers, min(room, self._limits.deliveries)):
+            self._deliveries[number] = _Delivery(execution)
+            execution.running.add(number)
+            self._requests += 1
+        return helper, sorted(execution.running)
+
+    def cancel(self, invocation_id: str) -> None:
+        """Ends it at once; ``on_done`` follows with ``cancelled``. Unknown ids are ignored."""
+        with self._sending:
+            with self._lock:
+                execution = self._executions.get(invocation_id)
+                numbers = sorted(execution.running) if execution else []
+                helper = self._helper
+            if helper is not None:
+                for number in numbers:
+                    _send(helper, {"do": "cancel", "delivery": number})
+
+    def close(self) -> None:
+        """Ends all functions, waits for them, frees everything. Idempotent.
+
+        Functions that are still running end as ``cancelled``. Called from ``on_done`` it does not
+        wait.
+        """
+        if os.getpid() != self._owner:  # a forked child: nothing here is its own
+            return
+        with self._sending:
+            with self._lock:
+                already, self._closed = self._closed, True
+                helper, ready, reader = self._helper, self._ready, self._reader
+            if helper is not None and not already:
+                if ready:
+                    _send(helper, {"do": "close"})
+                else:  # still preloading: it has started nothing yet
+                    helper.kill()
+        here = threading.current_thread()
+        if reader is not None and reader is not here:
+            reader.join()
+        if not already:
+            self._results.put(None)
+        if self._teller is not here:
+            self._teller.join()
+
+    def __enter__(self) -> LocalPlatform:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"LocalPlatform(isolation={self.isolation!r}, concurrency={self._limits.concurrency})"
+        )
+
+    # The helper
+
+    def _start_helper(self) -> Helper:
+        options = self._options
+        settings = Settings(
+            client=self._owner,
+            entry=options.entry,
+            concurrency=options.concurrency,
+            keep_alive_s=float(options.keep_alive_s),
+            isolation=self._isolation.name,
+            preload=list(options.preload),
+        )
+        try:
+            helper = Helper(settings)
+        except OSError as error:
+            raise PlatformError(f"cannot start the helper process: {error}") from error
+        self._helper, self._ready = helper, False
+        self._reader = threading.Thread(
+            target=self._read_events, args=(helper,), name="smlt-local-events", daemon=True
+        )
+        self._reader.start()
+        return helper
+
+    def _read_events(self, helper: Helper) -> None:
+        while (frame := channel.receive(helper.control)) is not None:
+            event = frame[0]
+            with self._lock:
+                if event["event"] == "ready":
+                    self._ready = True
+                elif event["event"] == "running":
+                    self._deliveries[event["delivery"]].started = self._clock.monotonic()
+                else:
+                    self._on_ended(event)
+        how = helper.bury()
+        self._isolation.reap()
+        with self._lock:
+            self._helper = None
+            if not self._closed:
+                _log.error("the helper process that runs functions died (%s)", how)
+            for number in list(self._deliveries):
+                self._on_lost(number, how)
+        with self._sending:
+            helper.control.close()
+
+    def _on_lost(self, number: int, how: str) -> None:
+        started = self._deliveries[number].started
+        self._on_ended(
+            {
+                "delivery": number,
+                "ending": "cancelled" if self._closed else "crashed",
+                "detail": "the platform was closed"
+                if self._closed
+                else f"the helper process that runs functions died ({how})",
+                "cold": True,
+                "wall_s": 0.0 if started is None else self._clock.monotonic() - started,
+                "cpu_s": 0.0,
+                "peak_mb": 0.0,
+            }
+        )
+
+    def _on_ended(self, event: dict[str, Any]) -> None:
+        delivery = self._deliveries.pop(event["delivery"])
+        execution = delivery.execution
+        execution.running.discard(event["delivery"])
+        billed_ms = self._billed_ms(execution.invocation, event["wall_s"], event["cpu_s"])
+        self._mb_ms += billed_ms * execution.invocation.memory_mb
+        started = delivery.started
+        execution.results.append(
+            InvocationResult(
+                invocation_id=execution.invocation.invocation_id,
+                ending=event["ending"],
+                billed_s=billed_ms / 1000,
+                cold=event["cold"],
+                peak_mb=event["peak_mb"],
+                start_s=0.0 if started is None else started - execution.called,
+                cpu_s=event["cpu_s"],
+                detail=event["detail"],
+            )
+        )
+        if not execution.running:
+            del self._executions[execution.invocation.invocation_id]
+            self._results.put((execution.on_done, _together(execution.results)))
+
+    def _billed_ms(self, invocation: Invocation, wall_s: float, cpu_s: float) -> int:
+        seconds = wall_s
+        if self._options.billing == "cpu":
+            seconds = cpu_s / self.cores(invocation.memory_mb)
+        limit_s = min(invocation.timeout_s, self._limits.time_limit_s)
+        return max(1, math.ceil(min(seconds, limit_s) * 1000))
+
+    def _tell_results(self) -> None:
+        while (item := self._results.get()) is not None:
+            on_done, result = item
+            try:
+                on_done(result)
+            except Exception:  # noqa: BLE001 - the caller's code; results of others must go on
+                _log.exception("on_done of %s raised", result.invocation_id)
+
+
+@dataclass
+class _Execution:
+    """One invocation with all its deliveries."""
+
+    invocation: Invocation
+    on_done: Done
+    called: float
+    running: set[int] = field(default_factory=set)
+    results: list[InvocationResult] = field(default_factory=list)
+
+
+@dataclass
+class _Delivery:
+    """One run of an invocation; ``started`` when the function's code began."""
+
+    execution: _Execution
+    started: float | None = None
+
+
+def _together(results: list[InvocationResult]) -> InvocationResult:
+    """One result for all deliveries of an invocation."""
+    told = next((r for r in results if r.ending == "returned"), results[0])
+    return InvocationResult(
+        invocation_id=told.invocation_id,
+        ending=told.ending,
+        billed_s=sum(round(r.billed_s * 1000) for r in results) / 1000,
+        deliveries=len(results),
+        cold=any(r.cold for r in results),
+        peak_mb=max(r.peak_mb for r in results),
+        start_s=min(r.start_s for r in results),
+        cpu_s=sum(r.cpu_s for r in results),
+        detail=told.detail,
+    )
+
+
+def _send(helper: Helper, message: channel.Message, payload: bytes = b"") -> None:
+    try:
+        channel.send(helper.control, message, payload)
+    except OSError:
+        return  # it is dead: whoever reads its events reports what it was running
+
+
+if TYPE_CHECKING:
+    from smlt_tune.backend.platforms.base import Cancels, Platform
+
+    _: Platform = LocalPlatform()
+    _cancels: Cancels = LocalPlatform()
