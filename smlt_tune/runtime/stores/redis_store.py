@@ -157,6 +157,7 @@ class RedisStore:
             return []
         connection: Any = self._pool.get_connection()
         try:
+            self._check_open()  # from here on, close() cuts this connection
             connection.send_packed_command(_frame(commands))
             replies = [_reply(connection) for _ in commands]
         except BaseException:

@@ -11,6 +11,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smlt_tune.errors import (
@@ -186,9 +187,9 @@ class S3Store:
         names = [self._name(key)["Key"] for key in keys]
         for first in range(0, len(names), _DELETES):
             left = names[first : first + _DELETES]
-            self._retrying("delete objects", lambda left=left: self._delete(left))  # type: ignore[misc]
+            self._retrying("delete objects", partial(self._delete, left))
 
-    def _delete(self, left: Any) -> None:
+    def _delete(self, left: Any) -> None:  # Any: the name list means the method here
         """Deletes what is left, and takes out of that list what is gone."""
         objects = [{"Key": name} for name in left]
         reply = self._client.delete_objects(
@@ -197,10 +198,13 @@ class S3Store:
         errors = [error for error in reply.get("Errors", ()) if error.get("Code") != "NoSuchKey"]
         left[:] = [error["Key"] for error in errors]
         if errors:
-            raise _Again(
-                f"{len(errors)} objects not deleted, {errors[0].get('Code')}: "
-                f"{errors[0].get('Message')}"
-            )
+            reason = f"{errors[0].get('Code')}: {errors[0].get('Message')}"
+            if errors[0].get("Code") == "AccessDenied":
+                raise InvalidInput(
+                    f"cannot delete objects in {self._place}: {reason}: the credentials must allow "
+                    "s3:DeleteObject"
+                )
+            raise _Again(f"{len(errors)} objects are left, {reason}")
 
     def close(self) -> None:
         """Releases connections. Idempotent."""
@@ -311,8 +315,8 @@ def _parts(url: str) -> tuple[str, str]:
     prefix = prefix.rstrip("/")
     if scheme != "s3" or not _BUCKET.fullmatch(bucket):
         raise InvalidInput(
-            f"{url} is no object store: expected s3://bucket or s3://bucket/prefix, the bucket of 3 "
-            "to 63 small letters, digits, '-', '.'"
+            f"{url} is no object store: expected s3://bucket or s3://bucket/prefix, the bucket of "
+            "3 to 63 small letters, digits, '-', '.'"
         )
     if prefix:
         check_key(prefix)
@@ -340,7 +344,8 @@ def _client(url: str, answer_s: float, **options: str | None) -> Any:
         s3={"addressing_style": "path"} if options["endpoint_url"] else None,
     )
     try:
-        return boto3.session.Session().client("s3", config=config, **options)
+        session: Any = boto3.session.Session()
+        return session.client("s3", config=config, **options)
     except (ValueError, BotoCoreError) as error:
         raise InvalidInput(f"object store {url}: {error}") from error
 
@@ -357,7 +362,8 @@ def open_url(url: str, options: Mapping[str, str]) -> S3Store:
         raise InvalidInput(
             [f"object store {url}: unknown option {name!r}, known are {known}" for name in unknown]
         )
-    return S3Store(url, **options)
+    arguments: dict[str, Any] = dict(options)
+    return S3Store(url, **arguments)
 
 
 if TYPE_CHECKING:
