@@ -3,6 +3,7 @@ import math
 import random
 import re
 import threading
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -337,3 +338,27 @@ def test_threads_never_exceed_the_budget_and_the_sum_is_the_platforms_bill(seed,
     assert len(bills) == 4
     assert ledger.totals() == Totals(ledger.totals().budget, sum(bills), 0)
     assert ledger.overrun_usd == 0
+
+
+def test_no_thread_slips_in_between_the_check_and_the_booking():
+    both = threading.Barrier(2)
+    refused = []
+
+    def meet(entry):
+        with suppress(threading.BrokenBarrierError):  # nobody can come: the ledger is locked
+            both.wait(0.2)
+
+    def reserve(name):
+        try:
+            ledger.reserve(name, "job-1", 0.6, "invocation")
+        except BudgetExhausted:
+            refused.append(name)
+
+    ledger = Ledger(1.0, meet)
+    threads = [threading.Thread(target=reserve, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1
+    assert ledger.reserved_usd == 0.6
