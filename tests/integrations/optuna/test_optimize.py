@@ -219,7 +219,7 @@ def test_two_drivers_of_one_fleet_in_one_process_share_no_trial(fleet):
     assert len(fleet.jobs()) == 2
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # heartbeats are experimental
 def test_adoption_comes_before_stale_trials_are_failed(fleet, tmp_path):
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{tmp_path}/study.db", heartbeat_interval=1, grace_period=2

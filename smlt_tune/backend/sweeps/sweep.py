@@ -1,0 +1,170 @@
+"""What a sweep file says.
+
+```yaml
+name: demo                      # names the report folder; default: the name of the file
+train: fashion.py:train         # or package.module:function
+metric: accuracy                # a reported number
+direction: maximize             # or minimize
+trials: 20
+parallel: 4                     # trials at once
+space:
+  lr: {float: [0.001, 0.1], log: true}
+  depth: {int: [1, 4]}
+  kernel: {categorical: [3, 5]}
+config: {epochs: 5}             # what is the same in every trial
+sampler: {name: tpe, startup: 8}            # tpe or random
+pruner: {name: median, startup: 4, warmup: 1}   # median, asha or none
+seed: 1
+workers: 2                      # or {from: kernel, map: {3: 1, 5: 2}}; or leave it to the fleet
+max_workers: 8
+memory_mb: 1769
+budget_usd: 0.5
+deadline: 8h
+platform: local
+show: [parameters]              # further reported values in the leaderboard
+```
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smlt_tune.backend.sweeps import convert, target
+from smlt_tune.backend.sweeps.document import Mistake, Section, read
+from smlt_tune.backend.sweeps.space import Parameter, WorkersFrom, read_space, read_workers
+
+_SAMPLERS = {"tpe": {"startup": convert.natural}, "random": {}}
+_PRUNERS = {
+    "median": {"startup": convert.natural, "warmup": convert.natural},
+    "asha": {"min_reports": convert.count, "factor": convert.count},
+    "none": {},
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sampler or a pruner by name, with what was set of it."""
+
+    name: str
+    options: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep file.
+
+    Attributes:
+        path: The file.
+        name: Of the sweep.
+        train: The training function.
+        train_name: As the file names it.
+        metric: The reported number that is compared.
+        direction: ``maximize`` or ``minimize``.
+        trials: How many.
+        parallel: How many at once.
+        space: What differs between trials.
+        config: What does not.
+        sampler: Where configurations come from.
+        pruner: Which trials end early.
+        seed: Of the sampler and of every job.
+        workers: Per job, or None if the fleet decides.
+        max_workers: Per job, or None.
+        memory_mb: Per function, or None if the fleet decides.
+        budget_usd: For everything, or None.
+        deadline_s: For everything, seconds, or None.
+        platform: Where functions run.
+        show: Further reported values for the leaderboard.
+    """
+
+    path: Path
+    name: str
+    train: target.Train
+    train_name: str
+    metric: str
+    direction: str
+    trials: int
+    parallel: int
+    space: tuple[Parameter, ...]
+    config: Mapping[str, Any]
+    sampler: Choice
+    pruner: Choice
+    seed: int
+    workers: int | WorkersFrom | None
+    max_workers: int | None
+    memory_mb: int | None
+    budget_usd: float | None
+    deadline_s: float | None
+    platform: str
+    show: tuple[str, ...]
+
+    @property
+    def maximize(self) -> bool:
+        """Whether more is better."""
+        return self.direction == "maximize"
+
+    def workers_of(self, params: Mapping[str, Any]) -> int | None:
+        """Number of workers of a trial with these parameters, if pinned."""
+        return self.workers(params) if isinstance(self.workers, WorkersFrom) else self.workers
+
+
+def load(path: str | Path) -> Sweep:
+    """Reads and checks a sweep file; imports the training function.
+
+    Raises:
+        InvalidInput: With every mistake, each as ``file:line: what is wrong``.
+    """
+    path = Path(path)
+    top = read(path)
+    space = read_space(top)
+    config = top.take("config", convert.mapping, default={})
+    for name in sorted({one.name for one in space} & set(config)):
+        top.wrong("config", f"{name!r} is in the space too")
+    sweep = Sweep(
+        path=path,
+        name=top.take("name", _name, default=path.stem),
+        train=top.take("train", lambda value: target.load(value, path.parent)),
+        train_name=top.take("train", str, default=""),
+        metric=top.take("metric", convert.text),
+        direction=top.take("direction", convert.one_of(["maximize", "minimize"]), "maximize"),
+        trials=top.take("trials", convert.count),
+        parallel=top.take("parallel", convert.count, default=4),
+        space=space,
+        config=config,
+        sampler=_choice(top, "sampler", _SAMPLERS, "tpe"),
+        pruner=_choice(top, "pruner", _PRUNERS, "none"),
+        seed=top.take("seed", convert.natural, default=0),
+        workers=read_workers(top, space),
+        max_workers=top.take("max_workers", convert.count, default=None),
+        memory_mb=top.take("memory_mb", convert.count, default=None),
+        budget_usd=top.take("budget_usd", convert.positive, default=None),
+        deadline_s=top.take("deadline", convert.duration, default=None),
+        platform=top.take("platform", convert.text, default="local"),
+        show=top.take("show", convert.words, default=()),
+    )
+    top.refuse_others()
+    top.mistakes.refuse()
+    return sweep
+
+
+def _name(value: Any) -> str:
+    name = convert.text(value)
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise Mistake(f"expected letters, digits, - and _, not {name!r}")
+    return name
+
+
+def _choice(top: Section, key: str, known: Mapping[str, Any], default: str) -> Choice:
+    """A name, or a mapping of a name and its options."""
+    section = top.section(key)
+    if section is None:
+        return Choice(top.take(key, convert.one_of(known), default=default))
+    name = section.take("name", convert.one_of(known))
+    options = {
+        option: section.take(option, check)
+        for option, check in known.get(name, {}).items()
+        if option in section
+    }
+    if name is not None:
+        section.refuse_others()
+    return Choice(name or default, options)

@@ -1,0 +1,33 @@
+"""Numbers as people read them."""
+
+from typing import Any
+
+
+def usd(amount: float | None) -> str:
+    """Dollars, with four decimals from a cent down."""
+    if amount is None:
+        return "no limit"
+    return f"${amount:.4f}" if abs(amount) < 10 else f"${amount:,.2f}"
+
+
+def seconds(duration: float) -> str:
+    """``48 s``, ``3:05`` or ``2:03:05``."""
+    if duration < 60:
+        return f"{duration:.0f} s" if duration >= 10 else f"{duration:.1f} s"
+    minutes, rest = divmod(round(duration), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def value(number: Any) -> str:
+    """A parameter or a metric, at most some seven characters if it is a number."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return "-" if number is None else str(number)
+    if isinstance(number, int):
+        return f"{number:,}" if abs(number) >= 10_000 else str(number)
+    return f"{number:.4f}" if 0.01 <= abs(number) < 100 or number == 0 else f"{number:.3g}"
+
+
+def settings(params: dict[str, Any]) -> str:
+    """``depth=2 lr=0.0031``."""
+    return " ".join(f"{name}={value(chosen)}" for name, chosen in params.items())

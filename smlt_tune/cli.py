@@ -1,0 +1,201 @@
+"""The ``smlt`` command.
+
+Exit codes: 0 the sweep ended (also when its budget or deadline ended it), 1 no trial finished or
+something failed, 2 what was asked for is wrong, 129, 130 and 143 a signal ended it.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
+
+import smlt_tune
+from smlt_tune.errors import InvalidInput, SmltError
+
+if TYPE_CHECKING:
+    from smlt_tune.backend.sweeps.sweep import Sweep
+
+_EXTRAS = {"optuna": "optuna"}
+
+
+class Stopped(BaseException):
+    """A signal asked the command to end.
+
+    Attributes:
+        signal: Which.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments after the command's name; the process's own by default.
+
+    Returns:
+        The exit code.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except InvalidInput as error:
+        for mistake in error.mistakes:
+            print(f"smlt: {mistake}", file=sys.stderr)
+        return 2
+    except SmltError as error:
+        print(f"smlt: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="smlt", description="Every trial of a search as a serverless, distributed training."
+    )
+    version = f"smlt {smlt_tune.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sweep = commands.add_parser("sweep", help="run the search that a file describes")
+    sweep.set_defaults(run=_sweep)
+    sweep.add_argument("file", metavar="FILE", help="YAML; see examples/sweep.yaml")
+    sweep.add_argument("--budget", metavar="USD", type=_checked("positive"), help="hard limit")
+    sweep.add_argument(
+        "--deadline", metavar="TIME", type=_checked("duration"), help="such as 90s, 10m or 8h"
+    )
+    sweep.add_argument("--trials", metavar="N", type=_checked("count"), help="how many trials")
+    sweep.add_argument("--seed", metavar="N", type=_checked("natural"), help="of everything random")
+    sweep.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder of the report (NAME-report by default)"
+    )
+    return parser
+
+
+def _checked(converter: str) -> Any:
+    """A converter of sweep files for arguments."""
+
+    def convert(text: str) -> Any:
+        from smlt_tune.backend.sweeps import convert as converters
+
+        value: Any = text
+        if converter in ("count", "natural") and text.lstrip("-").isdigit():
+            value = int(text)
+        try:
+            return getattr(converters, converter)(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    """``smlt sweep``."""
+    _require("smlt sweep", "optuna")
+    from smlt_tune.backend.sweeps.sweep import load
+
+    sweep = load(arguments.file)
+    given = {
+        "budget_usd": arguments.budget,
+        "deadline_s": arguments.deadline,
+        "trials": arguments.trials,
+        "seed": arguments.seed,
+    }
+    sweep = replace(sweep, **{name: value for name, value in given.items() if value is not None})
+    return _run(sweep, arguments.out or Path(f"{sweep.name}-report"))
+
+
+def _run(sweep: "Sweep", out: Path) -> int:
+    """Runs the sweep, frees everything whatever happens, then tells how it went."""
+    from smlt_tune.backend.fleet import Fleet
+    from smlt_tune.backend.sweeps.board import Board, best
+    from smlt_tune.backend.sweeps.report import write
+    from smlt_tune.backend.sweeps.terminal import Terminal
+    from smlt_tune.integrations.optuna.sweeps import run_sweep
+
+    ended: SmltError | Stopped | None = None
+    with _Signals() as signals:
+        fleet = Fleet(
+            platform=sweep.platform, budget_usd=sweep.budget_usd, deadline_s=sweep.deadline_s
+        )
+        board = Board(sweep, fleet)
+        terminal = Terminal(board, fleet)
+        try:
+            with fleet, terminal.live(), signals.heard():
+                run_sweep(sweep, fleet, board)
+        except (SmltError, Stopped) as error:
+            ended = error
+        board.close()
+        terminal.leaderboard()
+        terminal.bill()
+        notes = write(board, fleet, out)
+        for line in (f"report  {out / 'report.html'}", *notes):
+            terminal.say(line)
+    if isinstance(ended, Stopped):
+        terminal.say(f"ended by {ended.signal.name}")
+        return 128 + ended.signal
+    if ended is not None:
+        raise ended
+    return 0 if best(board.snapshot(), maximize=sweep.maximize) else 1
+
+
+def _require(what: str, *modules: str) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        extras = ",".join(_EXTRAS[module] for module in missing)
+        raise InvalidInput(
+            f"{what} needs {' and '.join(missing)}: pip install 'smlt-tune[{extras}]'"
+        )
+
+
+class _Signals:
+    """The first Ctrl-C, SIGTERM or hang-up raises :class:`Stopped`, where that can be dealt with.
+
+    While the fleet starts and while everything is freed and written down, it has to wait. Later
+    ones change nothing.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._heard = False
+
+    def __enter__(self) -> Self:
+        self._before = [signal.signal(number, self._handle) for number in self.NUMBERS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self.NUMBERS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Inside, the first signal raises; one that came before raises at once."""
+        self._heard = True
+        try:
+            if self._received:
+                raise Stopped(self._received)
+            yield
+        finally:
+            self._heard = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._received:
+            self._received = number
+            if self._heard:
+                raise Stopped(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
