@@ -4,10 +4,14 @@ One essential verb, :meth:`Platform.invoke`. What only some platforms can do is 
 its own (:class:`Cancels`), never a method that raises NotImplementedError.
 """
 
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from smlt_tune.errors import InvalidInput
 
 #: Memory at which a function has one virtual CPU (AWS Lambda), in MB.
 MB_PER_VCPU = 1769
@@ -142,3 +146,54 @@ class Cancels(Protocol):
 
     def cancel(self, invocation_id: str) -> None:
         """Ends it at once; ``on_done`` follows with ``cancelled``. Unknown ids are ignored."""
+
+
+def check_invocation(invocation: Invocation, limits: PlatformLimits) -> None:
+    """Refuses what a platform with these limits cannot run.
+
+    Raises:
+        InvalidInput: Memory or time are out of range; lists every mistake.
+    """
+    mistakes = []
+    memory_mb: Any = invocation.memory_mb
+    timeout_s: Any = invocation.timeout_s
+    is_integer = isinstance(memory_mb, int) and not isinstance(memory_mb, bool)
+    if not is_integer or not limits.min_memory_mb <= memory_mb <= limits.max_memory_mb:
+        mistakes.append(
+            f"memory_mb={memory_mb!r}: must be an integer from {limits.min_memory_mb} to "
+            f"{limits.max_memory_mb}"
+        )
+    if not is_positive(timeout_s) or timeout_s > limits.time_limit_s:
+        mistakes.append(
+            f"timeout_s={timeout_s!r}: must be positive and at most {limits.time_limit_s:g}"
+        )
+    if mistakes:
+        raise InvalidInput(mistakes)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above zero."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
+
+
+def mistakes_in_entry(entry: Any) -> list[str]:
+    """What is wrong with an entry point, ``package.module:function``; empty if nothing is."""
+    parts = entry.split(":") if isinstance(entry, str) else []
+    if len(parts) == 2 and all(name.isidentifier() for part in parts for name in part.split(".")):
+        return []
+    return [f"entry={entry!r}: must be 'package.module:function'"]
+
+
+def load_entry(entry: str) -> Callable[[bytes], Any]:
+    """The function of an entry point, ``package.module:function``.
+
+    Raises:
+        ImportError: There is no such module.
+        AttributeError: There is no such function in it.
+    """
+    module, _, name = entry.partition(":")
+    function: Any = importlib.import_module(module)
+    for part in name.split("."):
+        function = getattr(function, part)
+    return function  # type: ignore[no-any-return]

@@ -22,6 +22,7 @@ from smlt_tune.backend.platforms.local.cgroupfs import (
     remove_tree,
 )
 from smlt_tune.backend.platforms.local.isolation import Share, owner_name, quota_us
+from smlt_tune.runtime.clock import Clock
 
 _CONTROLLERS = ("cpu", "memory")
 
@@ -83,9 +84,9 @@ class Cgroup1:
             for path in made:
                 path.rmdir()
 
-    def reap(self) -> None:
+    def reap(self, clock: Clock) -> None:
         for base in self._bases:
-            reap_under(base)
+            reap_under(base, clock)
 
     def open(self) -> None:
         self._owner = owner_name()

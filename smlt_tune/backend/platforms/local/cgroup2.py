@@ -22,6 +22,7 @@ from smlt_tune.backend.platforms.local.cgroupfs import (
     remove_tree,
 )
 from smlt_tune.backend.platforms.local.isolation import Share, owner_name, quota_us
+from smlt_tune.runtime.clock import Clock
 
 _CONTROLLERS = frozenset({"cpu", "memory"})
 
@@ -80,8 +81,8 @@ class Cgroup2:
         finally:
             group.rmdir()
 
-    def reap(self) -> None:
-        reap_under(self._base)
+    def reap(self, clock: Clock) -> None:
+        reap_under(self._base, clock)
 
     def open(self) -> None:
         self._owner = self._base / owner_name()

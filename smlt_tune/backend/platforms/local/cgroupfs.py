@@ -8,6 +8,10 @@ from pathlib import Path
 
 from smlt_tune.backend.platforms.local import linux
 from smlt_tune.backend.platforms.local.isolation import left_behind
+from smlt_tune.runtime.clock import Clock
+
+#: How long killed processes are waited for before their groups are left to the next start, seconds.
+_REAP_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,14 @@ def remove_tree(group: Path) -> None:
                 raise
 
 
-def reap_under(base: Path) -> None:
+def reap_under(base: Path, clock: Clock) -> None:
     """Kills and removes what dead owners have left under ``base``."""
+    deadline = clock.monotonic() + _REAP_S
     for path in left_behind(base):
-        for directory, _, _ in os.walk(path):
-            linux.signal_all(processes(Path(directory)), signal.SIGKILL)
-        remove_tree(path)
+        while path.exists():
+            for directory, _, _ in os.walk(path):
+                linux.signal_all(processes(Path(directory)), signal.SIGKILL)
+            remove_tree(path)
+            if clock.monotonic() >= deadline:
+                break  # not ours to wait for; the next start tries again
+            clock.sleep(0.001)

@@ -20,14 +20,15 @@ from smlt_tune.backend.platforms.base import (
     Invocation,
     InvocationResult,
     PlatformLimits,
+    check_invocation,
 )
 from smlt_tune.backend.platforms.local import channel, isolation, probe
-from smlt_tune.backend.platforms.local.launch import Helper
+from smlt_tune.backend.platforms.local.launch import END_S, Helper
 from smlt_tune.backend.platforms.local.options import (
     PRELOAD,
     Billing,
     Options,
-    check_invocation,
+    check_delivery,
 )
 from smlt_tune.backend.platforms.local.supervisor import Settings
 from smlt_tune.errors import InvalidInput, PlatformError, Throttled
@@ -144,6 +145,7 @@ class LocalPlatform:
 
     def invoke(self, invocation: Invocation, on_done: Done) -> None:
         check_invocation(invocation, self._limits)
+        check_delivery(invocation)
         with self._sending:
             with self._lock:
                 helper, numbers = self._admit(invocation, on_done)
@@ -192,8 +194,7 @@ class LocalPlatform:
     def close(self) -> None:
         """Ends all functions, waits for them, frees everything. Idempotent.
 
-        Functions that are still running end as ``cancelled``. Called from ``on_done`` it does not
-        wait.
+        Functions that are still running end as ``cancelled``.
         """
         if os.getpid() != self._owner:  # a forked child: nothing here is its own
             return
@@ -203,11 +204,13 @@ class LocalPlatform:
                 helper, ready, reader = self._helper, self._ready, self._reader
             if helper is not None and not already:
                 if ready:
-                    _send(helper, {"do": "close"})
+                    helper.end()
                 else:  # still preloading: it has started nothing yet
                     helper.kill()
         here = threading.current_thread()
-        if reader is not None and reader is not here:
+        if reader is not None and helper is not None:
+            reader.join(END_S)
+            helper.kill()  # nothing, unless it hangs
             reader.join()
         if not already:
             self._results.put(None)
@@ -259,7 +262,7 @@ class LocalPlatform:
                 else:
                     self._on_ended(event)
         how = helper.bury()
-        self._isolation.reap()
+        self._isolation.reap(self._clock)
         with self._lock:
             self._helper = None
             if not self._closed:
@@ -353,7 +356,7 @@ def _together(results: list[InvocationResult]) -> InvocationResult:
         deliveries=len(results),
         cold=any(r.cold for r in results),
         peak_mb=max(r.peak_mb for r in results),
-        start_s=min(r.start_s for r in results),
+        start_s=min((r.start_s for r in results if r.start_s > 0), default=0.0),
         cpu_s=sum(r.cpu_s for r in results),
         detail=told.detail,
     )
@@ -364,6 +367,9 @@ def _send(helper: Helper, message: channel.Message, payload: bytes = b"") -> Non
         channel.send(helper.control, message, payload)
     except OSError:
         return  # it is dead: whoever reads its events reports what it was running
+    except BaseException:  # Ctrl-C: half a frame may have been sent, the next would be misread
+        helper.kill()
+        raise
 
 
 if TYPE_CHECKING:

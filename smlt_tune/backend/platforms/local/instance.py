@@ -6,7 +6,6 @@ of any size, and the helper never waits for an instance to read.
 
 import contextlib
 import faulthandler
-import importlib
 import json
 import os
 import random
@@ -16,8 +15,10 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
+from smlt_tune.backend.platforms.base import load_entry
 from smlt_tune.backend.platforms.local import linux
 
 #: Longest datagram; the kernel's default allows three times that. Bytes.
@@ -59,6 +60,8 @@ def _begin(parent: int) -> None:
     ):
         signal.signal(number, handler)
     _redirect(None)
+    with contextlib.suppress(OSError):  # if the machine runs out of memory: functions first
+        Path("/proc/self/oom_score_adj").write_text("500")
     faulthandler.enable()
     random.seed()
     if "numpy" in sys.modules:
@@ -79,7 +82,7 @@ def _serve_one(sock: socket.socket, entry: str) -> bool:
     error: BaseException | None = None
     try:
         _redirect(request["log"])
-        function = _load(entry)
+        function = load_entry(entry)
         sock.send(json.dumps({"running": True}).encode())
         function(payload)
     except BaseException as raised:  # noqa: BLE001 - SystemExit too ends the invocation, not us
@@ -94,14 +97,6 @@ def _serve_one(sock: socket.socket, entry: str) -> bool:
     with contextlib.suppress(OSError):
         _redirect(None)
     return error is None
-
-
-def _load(entry: str) -> Callable[[bytes], Any]:
-    module, _, name = entry.partition(":")
-    function: Any = importlib.import_module(module)
-    for part in name.split("."):
-        function = getattr(function, part)
-    return function  # type: ignore[no-any-return]
 
 
 def _read_and_close(fd: int) -> bytes:

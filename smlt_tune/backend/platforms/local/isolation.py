@@ -13,6 +13,7 @@ from typing import Protocol
 
 from smlt_tune.backend.platforms.base import MB_PER_VCPU
 from smlt_tune.backend.platforms.local import linux
+from smlt_tune.runtime.clock import Clock
 
 #: Length of a scheduling period: short enough that a step is not slowed in lumps. Microseconds.
 PERIOD_US = 20_000
@@ -90,7 +91,7 @@ class Isolation(Protocol):
     #: As in ``LocalPlatform(isolation=...)``.
     name: str
 
-    def reap(self) -> None:
+    def reap(self, clock: Clock) -> None:
         """Removes what owners that died without cleaning up have left, and their processes."""
 
     def open(self) -> None:

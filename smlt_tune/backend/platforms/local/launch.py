@@ -13,7 +13,7 @@ from smlt_tune.backend.platforms.local import channel, linux
 from smlt_tune.backend.platforms.local.supervisor import LAST_WAIT_S, Settings
 
 #: How long a helper that was told to end may take, seconds.
-_END_S = LAST_WAIT_S + 5.0
+END_S = LAST_WAIT_S + 5.0
 #: How much of the helper's output is quoted when it dies, bytes.
 _QUOTE = 2_000
 
@@ -53,6 +53,11 @@ class Helper:
         self.pid = self._process.pid
         channel.send(self.control, asdict(settings))
 
+    def end(self) -> None:
+        """Tells it to end; it says how its instances ended before it does."""
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_WR)
+
     def kill(self) -> None:
         """Ends it without giving it a chance to clean up."""
         self._process.kill()
@@ -66,7 +71,7 @@ class Helper:
             For people: how it ended.
         """
         try:
-            self._process.wait(_END_S)
+            self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -1,12 +1,16 @@
 """What may be asked of the local platform: options of it and of single invocations."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from smlt_tune.backend.platforms.base import Invocation, PlatformLimits
+from smlt_tune.backend.platforms.base import (
+    Invocation,
+    PlatformLimits,
+    is_positive,
+    mistakes_in_entry,
+)
 from smlt_tune.backend.platforms.local.probe import NAMES, IsolationName
 from smlt_tune.errors import InvalidInput
 
@@ -66,16 +70,16 @@ class Options:
         mistakes = []
         if not _is_integer(self.concurrency) or self.concurrency < 1:
             mistakes.append(f"concurrency={self.concurrency!r}: must be an integer of at least 1")
-        if not _is_positive(self.time_limit_s):
+        if not is_positive(self.time_limit_s):
             mistakes.append(
                 f"time_limit_s={self.time_limit_s!r}: must be a positive number of seconds"
             )
-        if self.cores_per_vcpu is not None and not _is_positive(self.cores_per_vcpu):
+        if self.cores_per_vcpu is not None and not is_positive(self.cores_per_vcpu):
             mistakes.append(
                 f"cores_per_vcpu={self.cores_per_vcpu!r}: must be a positive number of cores, or "
                 "None to share the machine evenly"
             )
-        if not _is_positive(self.keep_alive_s) and self.keep_alive_s != 0:
+        if not is_positive(self.keep_alive_s) and self.keep_alive_s != 0:
             mistakes.append(
                 f"keep_alive_s={self.keep_alive_s!r}: must be a number of seconds, 0 to keep none"
             )
@@ -99,23 +103,13 @@ class Options:
         return min(1.0, max(0.1, usable_cores - RESERVED_CORES) / self.concurrency)
 
 
-def check_invocation(invocation: Invocation, limits: PlatformLimits) -> None:
-    """Refuses what the platform cannot run.
+def check_delivery(invocation: Invocation) -> None:
+    """Refuses what cannot be handed to a function on this machine.
 
     Raises:
         InvalidInput: Lists every mistake.
     """
     mistakes = []
-    memory_mb, timeout_s = invocation.memory_mb, invocation.timeout_s
-    if not _is_integer(memory_mb) or not limits.min_memory_mb <= memory_mb <= limits.max_memory_mb:
-        mistakes.append(
-            f"memory_mb={memory_mb!r}: must be an integer from {limits.min_memory_mb} to "
-            f"{limits.max_memory_mb}"
-        )
-    if not _is_positive(timeout_s) or timeout_s > limits.time_limit_s:
-        mistakes.append(
-            f"timeout_s={timeout_s!r}: must be positive and at most {limits.time_limit_s:g}"
-        )
     if len(invocation.payload) > MAX_PAYLOAD:
         mistakes.append(
             f"the payload has {len(invocation.payload)} bytes: at most {MAX_PAYLOAD} fit, put "
@@ -125,16 +119,6 @@ def check_invocation(invocation: Invocation, limits: PlatformLimits) -> None:
         mistakes.append(f"log_path={str(invocation.log_path)!r}: its folder does not exist")
     if mistakes:
         raise InvalidInput(mistakes)
-
-
-def mistakes_in_entry(entry: object) -> list[str]:
-    """What is wrong with an entry point."""
-    wrong = f"entry={entry!r}: must be 'package.module:function'"
-    if not isinstance(entry, str):
-        return [wrong]
-    module, _, function = entry.partition(":")
-    names = [*module.split("."), *function.split(".")]
-    return [] if all(name.isidentifier() for name in names) else [wrong]
 
 
 def _mistake_of_machine(system: str = sys.platform) -> list[str]:
@@ -163,8 +147,3 @@ def _mistakes_in_preload(preload: object) -> list[str]:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0

@@ -98,18 +98,17 @@ class Supervisor:
         self._wake, wake = os.pipe()
         os.set_blocking(self._wake, False)
         os.set_blocking(wake, False)
-        self._client = os.pidfd_open(settings.client)
         self._watch(control, self._on_control)
-        self._watch(self._client, self._end)
         self._watch(self._wake, self._on_wake)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: self._end())
-        self._fds = (self._wake, wake, self._client)
+        self._fds = [self._wake, wake]
+        self._watch_client()
 
     def run(self) -> None:
         """Serves the client, then ends every instance and removes every trace of them."""
-        self._isolation.reap()
+        self._isolation.reap(self._clock)
         self._isolation.open()
         try:
             self._tell("ready", preloaded_mb=self._preloaded.total / linux.MB)
@@ -123,9 +122,21 @@ class Supervisor:
 
     # What the client says
 
+    def _watch_client(self) -> None:
+        """Its end of the socket may outlive it in a process that it has forked."""
+        try:
+            client = os.pidfd_open(self._settings.client)
+        except ProcessLookupError:
+            self._end()
+        except OSError:
+            return  # before Linux 5.3: the socket has to do
+        else:
+            self._fds.append(client)
+            self._watch(client, self._end)
+
     def _on_control(self) -> None:
         frame = channel.receive(self._control)
-        if frame is None or frame[0]["do"] == "close":
+        if frame is None:
             self._end()
         elif frame[0]["do"] == "run":
             self._deliver(frame[0], frame[1])
@@ -163,6 +174,7 @@ class Supervisor:
             request = {"log": order["log"]}
             for warm in self._idle():
                 if warm.share == share:
+                    linux.signal_all([warm.pid], signal.SIGCONT)
                     warm.cage.resume()
                     try:
                         self._send(warm, {**request, "cold": False}, fd)
@@ -197,9 +209,9 @@ class Supervisor:
             self._kill(each)
 
     def _fork(self, share: Share) -> _Instance:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._made += 1
         cage = self._isolation.cage(self._made, share)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
         try:
             pid = os.fork()
@@ -256,8 +268,9 @@ class Supervisor:
         else:
             ending = "returned" if ok else "crashed"
             self._finish(of, delivery, ending, answer["error"], answer["cpu_s"])
-        if ok and not exceeded:
+        if ok and not exceeded and self._settings.keep_alive_s > 0:
             of.idle_until = self._clock.monotonic() + self._settings.keep_alive_s
+            linux.signal_all([of.pid], signal.SIGSTOP)  # Lambda freezes idle instances too
         else:
             self._kill(of)
 
@@ -388,7 +401,7 @@ class Supervisor:
             self._fill_graves()
             left = linux.children(os.getpid())
             linux.signal_all(left, signal.SIGKILL)
-            if not left and not self._graves:
+            if not left and not self._graves and not self._instances:
                 break
             self._clock.sleep(0.002)
         self._isolation.close()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from smlt_tune.backend.platforms.local import linux
 from smlt_tune.backend.platforms.local.isolation import PERIOD_US, Share
+from smlt_tune.runtime.clock import Clock
 
 #: How often an instance is looked at, seconds.
 INTERVAL_S = 0.005
@@ -34,7 +35,7 @@ class Watchdog:
 
     name = "watchdog"
 
-    def reap(self) -> None:
+    def reap(self, clock: Clock) -> None:
         """Nothing is left behind on disk, and instances die with their helper."""
 
     def open(self) -> None:
