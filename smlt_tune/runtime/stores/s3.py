@@ -9,6 +9,7 @@ import base64
 import random
 import re
 import secrets
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,6 +33,8 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 #: How often an object whose checksum is wrong is read before that is believed.
 _READS_OF_DAMAGED = 3
+#: boto3 makes clients from one session (a second one costs 100 ms), one at a time only.
+_MAKING_CLIENTS = threading.Lock()
 #: Most keys of one request to delete.
 _DELETES = 1000
 
@@ -299,12 +302,12 @@ def _worth_retrying(error: Exception) -> bool:
 
 
 def _code(error: Exception) -> str:
-    response = getattr(error, "response", {})
+    response = getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
 
 def _status(error: Exception) -> int:
-    response = getattr(error, "response", {})
+    response = getattr(error, "response", None) or {}
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
@@ -344,8 +347,9 @@ def _client(url: str, answer_s: float, **options: str | None) -> Any:
         s3={"addressing_style": "path"} if options["endpoint_url"] else None,
     )
     try:
-        session: Any = boto3.session.Session()
-        return session.client("s3", config=config, **options)
+        with _MAKING_CLIENTS:
+            client: Any = boto3.client
+            return client("s3", config=config, **options)
     except (ValueError, BotoCoreError) as error:
         raise InvalidInput(f"object store {url}: {error}") from error
 
