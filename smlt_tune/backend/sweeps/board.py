@@ -10,7 +10,8 @@ from smlt_tune.backend.sweeps.sweep import Sweep
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.fleet import Fleet, Job, Report
+    from smlt_tune.backend.fleet import Fleet
+    from smlt_tune.backend.job import Job, Report
 
 #: States of a row. Those before ``finished`` may still change.
 STATES = ("waiting", "running", "finished", "pruned", "stopped", "failed")

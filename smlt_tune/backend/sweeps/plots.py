@@ -100,6 +100,22 @@ def _best(axes: "Axes", board: Board, rows: list[Row], over: str) -> None:
     axes.margins(y=0.12)
 
 
+def _legend(axes: "Axes") -> None:
+    """Above the plot, where it hides nothing."""
+    from matplotlib.collections import PathCollection
+
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    legend = axes.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncol=6,
+        columnspacing=1.2, handletextpad=0.5, borderaxespad=0.0,
+    )  # fmt: skip
+    for handle in legend.legend_handles:
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([30])
+
+
 def _whole_numbers(axes: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -114,7 +130,7 @@ def _spent(board: Board, at: float) -> float:
 def _curves(axes: "Axes", board: Board, rows: list[Row]) -> None:
     labelled: set[str] = set()
     for row in rows:
-        curve = [(n, p.value) for n, p in enumerate(row.points) if p.value is not None]
+        curve = [(n, p.value) for n, p in enumerate(row.points, 1) if p.value is not None]
         if not curve:
             continue
         label = None if row.state in labelled else row.state
@@ -125,8 +141,7 @@ def _curves(axes: "Axes", board: Board, rows: list[Row]) -> None:
         axes.plot(xs[-1], ys[-1], "o" if row.state == "finished" else "X", ms=5, color=colour)
     axes.set(xlabel="report", ylabel=board.sweep.metric)
     _whole_numbers(axes)
-    if labelled:
-        axes.legend(loc="best")
+    _legend(axes)
 
 
 def _costs(axes: "Axes", rows: list[Row]) -> None:
@@ -138,8 +153,8 @@ def _costs(axes: "Axes", rows: list[Row]) -> None:
     axes.set(xlabel="trial", ylabel="cost in thousandths of a dollar")
     _whole_numbers(axes)
     axes.grid(visible=False, axis="x")
-    if labelled:
-        axes.legend(loc="best")
+    axes.margins(x=0.02)
+    _legend(axes)
 
 
 def _scatter(axes: "Axes", board: Board, rows: list[Row]) -> None:
@@ -160,10 +175,8 @@ def _scatter(axes: "Axes", board: Board, rows: list[Row]) -> None:
         xlabel="cost in thousandths of a dollar (larger dots: more workers)",
         ylabel=board.sweep.metric,
     )
-    if labelled:
-        for handle in axes.legend(loc="best").legend_handles:
-            if handle is not None:
-                handle.set(sizes=[30])
+    axes.margins(x=0.08, y=0.08)
+    _legend(axes)
 
 
 def _budget(axes: "Axes", board: Board) -> None:
@@ -177,4 +190,4 @@ def _budget(axes: "Axes", board: Board) -> None:
     if budget:
         axes.axhline(budget, color=COLOURS["failed"], lw=1.5, ls="--", label="budget")
     axes.set(xlabel="seconds", ylabel="USD", ylim=(0, None))
-    axes.legend(loc="best")
+    _legend(axes)

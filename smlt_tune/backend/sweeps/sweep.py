@@ -160,11 +160,11 @@ def _choice(top: Section, key: str, known: Mapping[str, Any], default: str) -> C
     if section is None:
         return Choice(top.take(key, convert.one_of(known), default=default))
     name = section.take("name", convert.one_of(known))
-    options = {
-        option: section.take(option, check)
+    given = {
+        option: section.take(option, check, default=None)
         for option, check in known.get(name, {}).items()
-        if option in section
     }
+    options = {option: value for option, value in given.items() if value is not None}
     if name is not None:
         section.refuse_others()
     return Choice(name or default, options)

@@ -1,16 +1,17 @@
 """Whose trial is it? Names of jobs, and the trials that a dead driver left RUNNING.
 
-Before a trial's job is submitted, the trial gets two user attributes: ``smlt_fleet``, the identity
-of the fleet's folder, and ``smlt_job``, the name of the job. They are the lease. A driver adopts a
-RUNNING trial only if it holds the very folder named there: a fleet's folder has one owner at a
-time, so a trial of another driver that is alive is never touched. Adopting means to run the
-objective on that very trial; parameters already suggested stay, and the name leads back to the job.
+Before a trial's job is submitted, the trial gets two user attributes: ``smlt_fleet``, the name of
+the fleet, and ``smlt_job``, the name of the job. They are the lease. A driver adopts a RUNNING
+trial only if it holds the very fleet named there: the name is unique, it lives in the fleet's
+folder, and the folder has one owner at a time, so a trial of another living driver is left alone.
+Adopting means to run the objective on that very trial; parameters already suggested stay, and the
+name leads back to the job.
 """
 
+import re
 import threading
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -28,17 +29,6 @@ _followed: set[str] = set()
 _lock = threading.Lock()
 
 
-def identity(fleet: "Fleet") -> str:
-    """Identity of the fleet's folder, written into it once. Survives moving the folder."""
-    path = Path(fleet.path) / "tuner-id"
-    try:
-        with path.open("x") as file:
-            file.write(uuid.uuid4().hex)
-    except FileExistsError:
-        pass
-    return path.read_text()
-
-
 def claim(trial: optuna.trial.BaseTrial, fleet: "Fleet") -> str:
     """Records in the trial which job of which fleet it is going to be.
 
@@ -49,8 +39,9 @@ def claim(trial: optuna.trial.BaseTrial, fleet: "Fleet") -> str:
     if known is None:
         study = getattr(trial, "study", None)
         prefix = study.study_name if study is not None else "fixed"
+        prefix = re.sub(r"[^A-Za-z0-9_-]+", "-", prefix)[:40].strip("-") or "study"
         known = f"{prefix}-{trial.number}-{uuid.uuid4().hex[:8]}"
-        trial.set_user_attr(FLEET, identity(fleet))
+        trial.set_user_attr(FLEET, fleet.name)
         trial.set_user_attr(JOB, known)
     with _lock:
         _followed.add(known)
@@ -65,14 +56,25 @@ def release(name: str) -> None:
 
 def orphans(study: optuna.Study, fleet: "Fleet") -> list[int]:
     """Ids of the trials that a driver of this fleet left RUNNING when it died."""
-    mine = identity(fleet)
     with _lock:
         followed = set(_followed)
     return [
         trial._trial_id
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if trial.user_attrs.get(FLEET) == mine and trial.user_attrs.get(JOB) not in followed
+        if trial.user_attrs.get(FLEET) == fleet.name and trial.user_attrs.get(JOB) not in followed
     ]
+
+
+def stop_strays(study: optuna.Study, fleet: "Fleet") -> None:
+    """Stops jobs whose trial is over: another driver took it for stale and failed it."""
+    over = {
+        trial.user_attrs.get(JOB)
+        for trial in study.get_trials(deepcopy=False)
+        if trial.user_attrs.get(FLEET) == fleet.name and trial.state.is_finished()
+    }
+    for job in fleet.jobs():
+        if job.status in ("queued", "running") and job.job_id in over:
+            job.stop("its trial is over")
 
 
 class AdoptingStudy(optuna.Study):

@@ -10,7 +10,7 @@ from optuna import TrialPruned
 from smlt_tune.errors import BudgetExhausted
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.fleet import Job
+    from smlt_tune.backend.job import Job
 
 #: Reasons after which the fleet starts nothing more.
 FLEET_IS_OVER = ("budget", "deadline")

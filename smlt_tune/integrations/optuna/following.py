@@ -1,17 +1,18 @@
 """From a job to its trial: reports, pruning, how it ended."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from smlt_tune.errors import BudgetExhausted, InvalidInput
+from smlt_tune.errors import BudgetExhausted, InvalidInput, JobError
 from smlt_tune.integrations.optuna import checks
 from smlt_tune.integrations.optuna.drive import FLEET_IS_OVER, Drive
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.fleet import Job, JobOutcome, Report
+    from smlt_tune.backend.job import Job, JobOutcome, Report
 
 
 @dataclass
@@ -22,6 +23,12 @@ class Calls:
     next_step: int = 0
     cost_usd: float = 0.0
     seconds: float = 0.0
+
+
+def _until_failure(job: "Job") -> "Iterator[Report]":
+    """All reports. That the job failed is left to ``result``."""
+    with suppress(JobError):
+        yield from job.reports()
 
 
 class Follower:
@@ -62,7 +69,7 @@ class Follower:
     def _reports(self, watch: "Callable[[Job, Report | None], None] | None") -> str:
         """Returns why the trial is to be pruned; nothing if the job ended by itself."""
         first = True
-        for report in self._job.reports():
+        for report in _until_failure(self._job):
             self._drive.trained = True
             if watch:
                 watch(self._job, report)

@@ -9,7 +9,7 @@ import optuna
 
 from smlt_tune.errors import BudgetExhausted
 from smlt_tune.integrations.optuna import checks
-from smlt_tune.integrations.optuna.adoption import AdoptingStudy, orphans
+from smlt_tune.integrations.optuna.adoption import AdoptingStudy, orphans, stop_strays
 from smlt_tune.integrations.optuna.drive import Drive
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def optimize(
     )
     checks.refuse_closed(fleet)
     _warn_of_sqlite(study, max_parallel)
+    stop_strays(study, fleet)
     drive, left_behind = Drive(), orphans(study, fleet)
     driven = AdoptingStudy(study, left_behind) if left_behind else study
     options: dict[str, Any] = {

@@ -13,7 +13,8 @@ from smlt_tune.integrations.optuna.drive import current_drive
 from smlt_tune.integrations.optuna.following import Calls, Follower
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.fleet import Fleet, Job, JobOutcome, Report
+    from smlt_tune.backend.fleet import Fleet
+    from smlt_tune.backend.job import Job, JobOutcome, Report
 
 
 _CALLS: "WeakKeyDictionary[optuna.trial.BaseTrial, Calls]" = WeakKeyDictionary()

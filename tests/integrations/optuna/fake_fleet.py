@@ -96,6 +96,8 @@ class FakeJob:
                 while len(self.seen) <= at and self.status == "running":
                     self.changed.wait()
                 if len(self.seen) <= at:
+                    if self.error:
+                        raise self.error
                     return
                 report = self.seen[at]
             yield report
@@ -129,6 +131,7 @@ class FakeFleet:
     def __init__(self, path: Path, budget_steps: int | None = None) -> None:
         path.mkdir(exist_ok=True)
         self.path = path
+        self.name = path.name
         self.closed = False
         self.by_name: dict[str, FakeJob] = {}
         self.steps_left = budget_steps

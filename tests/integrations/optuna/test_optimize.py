@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from smlt_tune.errors import BudgetExhausted, FleetClosed, InvalidInput, JobError
 from smlt_tune.integrations import optuna as smlt_optuna
-from smlt_tune.integrations.optuna.adoption import claim
+from smlt_tune.integrations.optuna.adoption import claim, release
 from tests.integrations.optuna.fake_fleet import FakeFleet
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -166,8 +166,6 @@ def leave_behind(study, fleet, x=0.25, submit=True):
         job = fleet.submit(train, {"x": x}, name=name)
         job.result(5)
         trial.report(job.seen[0].metrics["accuracy"], 0)
-    from smlt_tune.integrations.optuna.adoption import release
-
     release(name)  # the process that followed it is gone
     return name
 
@@ -183,6 +181,17 @@ def test_trials_of_a_dead_driver_are_completed_and_none_runs_twice(fleet, storag
     assert study.trials[0].value == 0.75  # of the job that was there, not of a new one
     assert list(study.trials[0].intermediate_values) == [0, 1, 2]
     assert len(fleet.jobs()) == 4
+
+
+def test_jobs_whose_trial_was_given_up_by_others_are_stopped(fleet):
+    study = new_study()
+    trial = study.ask()
+    name = claim(trial, fleet)
+    job = fleet.submit(endless, {"x": 1}, name=name)
+    release(name)
+    study.tell(trial, state=TrialState.FAIL)
+    smlt_optuna.optimize(study, objective_of(fleet), n_trials=1, fleet=fleet)
+    assert job.result(5).reason == "its trial is over"
 
 
 def test_trials_of_another_fleet_are_left_alone(fleet, tmp_path, storage):
@@ -219,7 +228,7 @@ def test_two_drivers_of_one_fleet_in_one_process_share_no_trial(fleet):
     assert len(fleet.jobs()) == 2
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # heartbeats are experimental
+@pytest.mark.filterwarnings("ignore")  # heartbeats are experimental
 def test_adoption_comes_before_stale_trials_are_failed(fleet, tmp_path):
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{tmp_path}/study.db", heartbeat_interval=1, grace_period=2

@@ -1,6 +1,7 @@
 """run(): one trial as one job."""
 
 import math
+import re
 import threading
 
 import optuna
@@ -60,7 +61,13 @@ def test_the_lease_is_recorded_before_the_job_is_submitted(fleet):
     fleet.submit = spy
     smlt_optuna.run(trial, train, {"x": 0.5}, fleet=fleet, metric="accuracy")
     assert seen["smlt_job"] == seen["name"]
-    assert seen["smlt_fleet"] == (fleet.path / "tuner-id").read_text()
+    assert seen["smlt_fleet"] == fleet.name
+
+
+def test_any_study_name_makes_a_plain_name_of_a_job(fleet):
+    study = new_study(study_name="my study/été: " + 60 * "x")
+    smlt_optuna.run(study.ask(), train, {"x": 0.5}, fleet=fleet, metric="accuracy")
+    assert re.fullmatch(r"my-study-t-x{29}-0-[0-9a-f]{8}", fleet.jobs()[0].job_id)
 
 
 def test_a_pruned_trial_stops_its_job_at_once(fleet):
