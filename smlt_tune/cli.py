@@ -126,7 +126,9 @@ def _run(sweep: "Sweep", out: Path) -> int:
     ended: SmltError | Stopped | None = None
     with _Signals() as signals:
         fleet = Fleet(
-            platform=sweep.platform, budget_usd=sweep.budget_usd, deadline_s=sweep.deadline_s
+            platform=sweep.open_platform(),
+            budget_usd=sweep.budget_usd,
+            deadline_s=sweep.deadline_s,
         )
         board = Board(sweep, fleet)
         terminal = Terminal(board, fleet)
@@ -135,7 +137,7 @@ def _run(sweep: "Sweep", out: Path) -> int:
                 run_sweep(sweep, fleet, board)
         except (SmltError, Stopped) as error:
             ended = error
-        board.close()
+        board.close("interrupted" if isinstance(ended, Stopped) else "the sweep ended")
         terminal.leaderboard()
         terminal.bill()
         notes = write(board, fleet, out)

@@ -89,6 +89,11 @@ def test_times(sweep_file, text, seconds):
     assert load(sweep_file(GOOD + f"deadline: {text}\n")).deadline_s == seconds
 
 
+def test_a_platform_may_have_options(sweep_file):
+    sweep = load(sweep_file(GOOD + "platform: {name: local, concurrency: 3}\n"))
+    assert (sweep.platform, sweep.platform_options) == ("local", {"concurrency": 3})
+
+
 def test_workers_may_be_a_parameter(sweep_file):
     sweep = load(sweep_file(GOOD + "workers: {from: depth}\n"))
     assert sweep.workers_of({"depth": 3}) == 3
@@ -123,6 +128,9 @@ BAD = [
         "known: factor, min_reports, name",
     ),
     ("pruner: {name: median, warmup: -1}", "pruner.warmup", "expected a whole number of at least"),
+    ("platform: loca", "platform", "expected one of inline, local, not 'loca'; did you mean"),
+    ("platform: {name: local, concurency: 3}", "unknown setting platform.concurency", "did you"),
+    ("platform: {concurrency: 3}", "platform.name", "is missing"),
     ("show: accuracy", "show", "expected a list of names, not 'accuracy'"),
     ("config: 3", "config", "expected settings, not 3"),
     ("config: {lr: 3}", "config", "'lr' is in the space too"),

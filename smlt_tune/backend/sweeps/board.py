@@ -152,12 +152,12 @@ class Board:
                 self.logs[trial] = job.logs()
             self._tell("ended", row)
 
-    def close(self) -> None:
-        """The sweep is over: trials that are not were interrupted."""
+    def close(self, why: str = "interrupted") -> None:
+        """The sweep is over; ``why`` says what happened to trials that are not."""
         with self._lock:
             for trial, row in self.rows.items():
                 if not row.over:
-                    self.end(trial, "stopped", "interrupted")
+                    self.end(trial, "stopped", why)
             self._sample()
             self._elapsed_s = self.elapsed_s
 

@@ -20,16 +20,20 @@ max_workers: 8
 memory_mb: 1769
 budget_usd: 0.5
 deadline: 8h
-platform: local
+platform: local                 # or {name: local, concurrency: 8}, with options of the platform
 show: [parameters]              # further reported values in the leaderboard
 ```
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from smlt_tune.backend.platforms import PLATFORMS
+from smlt_tune.backend.platforms.base import Platform
 from smlt_tune.backend.sweeps import convert, target
 from smlt_tune.backend.sweeps.document import Mistake, Section, read
 from smlt_tune.backend.sweeps.space import Parameter, WorkersFrom, read_space, read_workers
@@ -74,6 +78,7 @@ class Sweep:
         budget_usd: For everything, or None.
         deadline_s: For everything, seconds, or None.
         platform: Where functions run.
+        platform_options: What was set of it.
         show: Further reported values for the leaderboard.
     """
 
@@ -96,12 +101,21 @@ class Sweep:
     budget_usd: float | None
     deadline_s: float | None
     platform: str
+    platform_options: Mapping[str, Any]
     show: tuple[str, ...]
 
     @property
     def maximize(self) -> bool:
         """Whether more is better."""
         return self.direction == "maximize"
+
+    def open_platform(self) -> Platform:
+        """The platform; the fleet that gets it closes it.
+
+        Raises:
+            InvalidInput: It refuses its options.
+        """
+        return platform_class(self.platform)(**self.platform_options)
 
     def workers_of(self, params: Mapping[str, Any]) -> int | None:
         """Number of workers of a trial with these parameters, if pinned."""
@@ -120,6 +134,7 @@ def load(path: str | Path) -> Sweep:
     config = top.take("config", convert.mapping, default={})
     for name in sorted({one.name for one in space} & set(config)):
         top.wrong("config", f"{name!r} is in the space too")
+    platform, platform_options = _platform(top)
     sweep = Sweep(
         path=path,
         name=top.take("name", _name, default=path.stem),
@@ -139,7 +154,8 @@ def load(path: str | Path) -> Sweep:
         memory_mb=top.take("memory_mb", convert.count, default=None),
         budget_usd=top.take("budget_usd", convert.positive, default=None),
         deadline_s=top.take("deadline", convert.duration, default=None),
-        platform=top.take("platform", convert.text, default="local"),
+        platform=platform,
+        platform_options=platform_options,
         show=top.take("show", convert.words, default=()),
     )
     top.refuse_others()
@@ -152,6 +168,32 @@ def _name(value: Any) -> str:
     if not name.replace("-", "").replace("_", "").isalnum():
         raise Mistake(f"expected letters, digits, - and _, not {name!r}")
     return name
+
+
+def _platform(top: Section) -> tuple[str, dict[str, Any]]:
+    """A name, or a mapping of a name and arguments of the platform's class."""
+    known = convert.one_of(sorted(PLATFORMS))
+    section = top.section("platform")
+    if section is None:
+        return top.take("platform", known, default="local"), {}
+    name = section.take("name", known)
+    if name is None:
+        return "local", {}
+    arguments = signature(platform_class(name)).parameters
+    options = {
+        option: section.take(option, lambda value: value, default=None)
+        for option in arguments
+        if option != "clock"
+    }
+    section.refuse_others()
+    return name, {option: options[option] for option in options if option in section}
+
+
+def platform_class(name: str) -> Callable[..., Platform]:
+    """The class of a platform."""
+    module, _, attribute = PLATFORMS[name].partition(":")
+    found: Callable[..., Platform] = getattr(import_module(module), attribute)
+    return found
 
 
 def _choice(top: Section, key: str, known: Mapping[str, Any], default: str) -> Choice:
