@@ -1,0 +1,559 @@
+"""The facade: all jobs that share a budget, a deadline, the storage tiers and the history.
+
+A fleet runs one thread that owns the task scheduler. Whatever happens (a call of the user, a
+worker's event, the end of an invocation) is put into one queue and handled there in turn.
+"""
+
+import logging
+import math
+import queue
+import re
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from smlt_tune.backend.artifact_manager import ArtifactManager
+from smlt_tune.backend.embedded_store import EmbeddedStore
+from smlt_tune.backend.goals import Cheapest, Goal
+from smlt_tune.backend.history import History, HistoryEvent
+from smlt_tune.backend.job import AllocationRecord, Job, JobOutcome, JobSpec, JobState, Report
+from smlt_tune.backend.ledger import Entry, Ledger
+from smlt_tune.backend.platforms import open_platform
+from smlt_tune.backend.platforms.base import InvocationResult, Platform
+from smlt_tune.backend.prices import Prices, load_prices
+from smlt_tune.backend.resource_manager.policy import (
+    AllocationPolicy,
+    Bounds,
+    JobFacts,
+    PinnedOrDefault,
+    check,
+)
+from smlt_tune.backend.store_costs import StoreCosts
+from smlt_tune.backend.task_scheduler import Settings, TaskScheduler
+from smlt_tune.errors import FleetClosed, InvalidInput, SmltError, StoreUnavailable
+from smlt_tune.runtime import keys, wire
+from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
+from smlt_tune.runtime.stores.base import ObjectStore
+from smlt_tune.runtime.stores.opening import open_object_store, open_parameter_store
+
+__all__ = ["Fleet", "Job", "JobOutcome", "Report"]
+
+_LOG = logging.getLogger(__name__)
+
+#: The scheduler looks at its time-outs this often, in seconds.
+TICK_S = 0.1
+#: How long one read of the workers' events blocks, in seconds.
+READ_S = 0.5
+
+
+class Fleet:
+    """Runs training functions as jobs on a platform, within one budget.
+
+    Use it as a context manager: leaving it stops what still runs and frees everything.
+
+    Args:
+        platform: ``"local"``, ``"inline"``, or a platform object, which outlives the fleet.
+        budget_usd: What everything together may cost, USD; None for no limit. Never exceeded.
+        deadline_s: When everything has to be over, seconds from now; None for never.
+        path: Folder for history, logs and (by default) objects, to look at or reopen later; None
+            for a temporary one that vanishes with the fleet.
+        parameter_store: ``redis://`` or ``rediss://`` URL of a Redis or Valkey server; None starts
+            one for the fleet.
+        parameter_store_price: Row of the price list that the parameter store is charged by;
+            ``"own"`` costs nothing.
+        object_store: ``file:///folder`` or ``s3://bucket/prefix``; None keeps objects in the
+            fleet's folder.
+        store_options: Further arguments of the object store: for S3 ``endpoint_url``,
+            ``access_key``, ``secret_key``, ``region``.
+        prices: Name or path of a price list.
+        policy: Chooses allocations where the user pins none.
+        hang_timeout_s: Shortest silence of a worker that is taken for a hang, seconds. The bound
+            grows with the measured time of the job's iterations.
+        clock: Time.
+
+    Raises:
+        InvalidInput: Lists everything that is wrong with the arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        platform: str | Platform = "local",
+        budget_usd: float | None = None,
+        deadline_s: float | None = None,
+        path: str | Path | None = None,
+        parameter_store: str | None = None,
+        parameter_store_price: str = "own",
+        object_store: str | None = None,
+        store_options: Mapping[str, str] | None = None,
+        prices: str | Path = "aws-us-east-1-2026-01",
+        policy: AllocationPolicy | None = None,
+        hang_timeout_s: float = 30.0,
+        clock: Clock = SYSTEM_CLOCK,
+        _resume: bool = False,
+    ) -> None:
+        mistakes = _number_mistakes(
+            budget_usd=budget_usd, deadline_s=deadline_s, hang_timeout_s=hang_timeout_s
+        )
+        with ExitStack() as stack:
+            self.path = _folder(path, stack)
+            self._objects_url = object_store or f"file://{self.path.absolute()}/objects"
+            options = dict(store_options or {})
+            parts = _Parts.open(
+                mistakes,
+                stack,
+                self.path,
+                platform,
+                prices,
+                parameter_store_price,
+                self._objects_url,
+                options,
+                clock,
+                resume=_resume,
+            )
+            url = parameter_store or stack.enter_context(EmbeddedStore()).url
+            self._store = open_parameter_store(url)
+            stack.callback(self._store.close)
+            self._store.server_id()  # says at once if there is no server or the password is wrong
+            self._platform, self._objects = parts.platform, parts.objects
+            self._history, self._clock = parts.history, clock
+            self._artifacts = ArtifactManager(parts.objects)
+            self._ledger = Ledger(budget_usd, self._record_entry)
+            self._name = _fleet_name(parts.known) or uuid.uuid4().hex[:12]
+            now = clock.monotonic()
+            settings = Settings(
+                fleet=self._name,
+                parameter_store=url,
+                object_store=self._objects_url,
+                store_options=options,
+                hang_timeout_s=hang_timeout_s,
+                deadline_s=None if deadline_s is None else now + deadline_s,
+                logs=self.path / "logs",
+            )
+            self._scheduler = TaskScheduler(
+                settings,
+                parts.platform,
+                policy or PinnedOrDefault(),
+                self._ledger,
+                parts.prices,
+                self._store,
+                parts.objects,
+                clock,
+                parts.history.append,
+                self._ended,
+                lambda: self._artifacts.datasets,
+            )
+            self._costs = StoreCosts(
+                self._ledger, parts.prices, parameter_store_price, clock, self._out_of_money
+            )
+            self._states: dict[str, JobState] = {}
+            self._lock = threading.Lock()
+            self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+            self._closing = threading.Event()
+            self._seen = (0, 0)
+            unfinished = self._restore(parts.known)
+            self._costs.begin()
+            if not parts.known:
+                parts.history.append("fleet", "", {"name": self._name})
+            self._resources = stack.pop_all()
+        for state, number in unfinished:
+            self._queue.put(partial(self._scheduler.submit, state, next_number=number))
+        self._threads = [
+            threading.Thread(target=self._schedule, name="smlt-scheduler", daemon=True),
+            threading.Thread(target=self._listen, name="smlt-events", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @classmethod
+    def open(cls, path: str | Path, **options: Any) -> Self:
+        """Continues the fleet whose record lies in a folder.
+
+        Jobs that had not ended go on from their checkpoints; what was spent stays spent, and what a
+        dead client had reserved counts as spent.
+
+        Args:
+            path: Its folder.
+            **options: As for the constructor.
+
+        Raises:
+            InvalidInput: There is no fleet there, or another client has it open.
+        """
+        if not (Path(path) / "history.sqlite3").exists():
+            raise InvalidInput(f"there is no fleet in {path}: Fleet(path=...) starts one")
+        return cls(path=path, _resume=True, **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Fleet({self._name!r}, platform={self._platform.name!r}, path={str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """Unique name of the fleet; the same after ``open``."""
+        return self._name
+
+    @property
+    def budget_usd(self) -> float | None:
+        """What everything together may cost, USD; None for no limit."""
+        return self._ledger.budget_usd
+
+    @property
+    def settled_usd(self) -> float:
+        """What was spent so far, USD."""
+        return self._ledger.settled_usd
+
+    @property
+    def reserved_usd(self) -> float:
+        """Worst case of what is running, USD."""
+        return self._ledger.reserved_usd
+
+    @property
+    def available_usd(self) -> float:
+        """What may still be reserved, USD; infinite without a budget."""
+        return self._ledger.available_usd
+
+    @property
+    def ledger(self) -> Ledger:
+        """Every reservation and settlement."""
+        return self._ledger
+
+    @property
+    def platform(self) -> Platform:
+        """Where the functions run."""
+        return self._platform
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closing.is_set()
+
+    def submit(
+        self,
+        train: Callable[[Any], Any],
+        config: Any = None,
+        *,
+        goal: Goal | None = None,
+        workers: int | None = None,
+        memory_mb: int | None = None,
+        min_workers: int = 1,
+        max_workers: int | None = None,
+        shards: int = 0,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> Job:
+        """Starts a job and returns without waiting for it.
+
+        Args:
+            train: Training function; gets the configuration.
+            config: Anything that can be pickled.
+            goal: ``Cheapest`` or ``Fastest``.
+            workers: Pins the number of workers.
+            memory_mb: Pins the memory of a function, MB.
+            min_workers: Fewest workers to choose.
+            max_workers: Most workers to choose.
+            shards: Shards per synchronisation (the paper's m); 0 chooses.
+            seed: Everything random in the job derives from it.
+            name: Key of the job. A name that the fleet knows, from before a crash too, gives that
+                job instead of a new one.
+
+        Raises:
+            InvalidInput: Lists everything that is wrong with the arguments.
+            FleetClosed: The fleet was closed.
+        """
+        self._check_open()
+        if name is not None and name in self._states:
+            return self._job(self._states[name])
+        bounds = Bounds(workers, memory_mb, min_workers, max_workers)
+        wanted = Cheapest() if goal is None else goal
+        job_id = name if name is not None else f"job-{len(self._states):04d}"
+        mistakes = _submit_mistakes(train, job_id, seed, shards)
+        mistakes += check(JobFacts(job_id, self._platform.limits, wanted, bounds))
+        function = digest = ""
+        with _collected(mistakes):
+            function = self._artifacts.store_code(train, "the training function")
+        with _collected(mistakes):
+            digest = self._artifacts.store_code(config, "the configuration")
+        if mistakes:
+            raise InvalidInput(mistakes)
+        spec = JobSpec(job_id, function, digest, seed, bounds, wanted, shards)
+        with self._lock:
+            if job_id in self._states:
+                return self._job(self._states[job_id])
+            state = self._states[job_id] = JobState(spec)
+        self._history.append("job", job_id, spec.to_json())
+        self._queue.put(partial(self._scheduler.submit, state))
+        return self._job(state)
+
+    def jobs(self) -> list[Job]:
+        """All jobs, those of earlier clients included, in the order of their submission."""
+        return [self._job(state) for state in list(self._states.values())]
+
+    def upload(self, name: str, data: Any) -> None:
+        """Stores a data set for ``session.batches(name, ...)``.
+
+        Args:
+            name: What training functions call it.
+            data: An array, or a tuple of arrays of equal length; first axis samples.
+
+        Raises:
+            InvalidInput: It is neither, or empty.
+        """
+        self._check_open()
+        self._artifacts.upload(name, data)
+        self._history.append(
+            "dataset", "", {"name": name, "digest": self._artifacts.datasets[name]}
+        )
+
+    def close(self) -> None:
+        """Stops what still runs, waits until it is gone, frees everything. Idempotent."""
+        if self._closing.is_set():
+            return
+        for state in list(self._states.values()):
+            self._queue.put(
+                partial(self._scheduler.stop, state.spec.job_id, "the fleet was closed")
+            )
+        self._queue.put(self._closing.set)
+        for thread in self._threads:
+            thread.join()
+        self._costs.end()
+        try:
+            self._store.delete_prefix(keys.FleetKeys(self._name).prefix)
+        except SmltError as error:
+            _LOG.warning("could not clean up the parameter store: %s", error)
+        self._resources.close()
+
+    # --- the scheduler's thread -------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        next_tick_s = self._clock.monotonic()
+        while not (self._closing.is_set() and self._scheduler.idle):
+            now = self._clock.monotonic()
+            if now >= next_tick_s:
+                next_tick_s = now + TICK_S
+                self._guarded(self._tick)
+            with suppress(queue.Empty):
+                self._guarded(self._queue.get(timeout=max(0.0, next_tick_s - now)))
+
+    def _tick(self) -> None:
+        self._costs.tick()
+        self._scheduler.tick()
+
+    def _guarded(self, handle: Callable[[], None]) -> None:
+        """A fault here must not leave functions running that nobody watches."""
+        try:
+            handle()
+        except Exception as error:  # noqa: BLE001 - the boundary of the thread
+            if not isinstance(error, StoreUnavailable):
+                _LOG.exception("the scheduler failed; its jobs are stopped")
+            self._scheduler.abandon(error)
+
+    def _ended(self, result: InvocationResult) -> None:
+        """Called by the platform, from any thread."""
+        self._queue.put(partial(self._on_ended, result))
+
+    def _on_ended(self, result: InvocationResult) -> None:
+        """Handles what a worker said last before the news of its end."""
+        events = keys.FleetKeys(self._name).events
+        with suppress(StoreUnavailable):
+            self._on_events(self._store.read(events, "{}-{}".format(*self._seen), timeout_s=0.0))
+        self._scheduler.ended(result)
+
+    def _out_of_money(self) -> None:
+        for state in list(self._states.values()):
+            self._scheduler.stop(state.spec.job_id, "budget")
+
+    def _on_events(self, messages: list[tuple[str, bytes]]) -> None:
+        for message_id, content in messages:
+            time, _, number = message_id.partition("-")
+            if (int(time), int(number)) <= self._seen:
+                continue
+            self._seen = (int(time), int(number))
+            try:
+                self._scheduler.event(wire.WorkerEvent.decode(content))
+            except InvalidInput as error:
+                _LOG.warning("ignored what is no event of a worker: %s", error)
+
+    # --- the listener's thread --------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        store = self._store
+        events = keys.FleetKeys(self._name).events
+        server, after = store.server_id(), "0"
+        while self._threads[0].is_alive():
+            try:
+                messages = store.read(events, after, timeout_s=READ_S)
+                now_server = store.server_id()
+            except StoreUnavailable as error:
+                self._queue.put(partial(self._scheduler.abandon, error))
+                continue
+            if now_server != server:
+                server = now_server
+                self._queue.put(self._scheduler.store_lost)
+            if messages:
+                after = messages[-1][0]
+                self._queue.put(partial(self._on_events, messages))
+                store.trim(events, after)
+
+    # --- history ----------------------------------------------------------------------------------
+
+    def _record_entry(self, entry: Entry) -> None:
+        self._history.append("ledger", entry.job, asdict(entry))
+
+    def _restore(self, events: list[HistoryEvent]) -> list[tuple[JobState, int]]:
+        """Takes over what an earlier client knew; returns the jobs that have to go on."""
+        self._ledger.restore(Entry(**e.body) for e in events if e.kind == "ledger")
+        numbers: dict[str, int] = {}
+        for event in events:
+            if event.kind == "dataset":
+                self._artifacts.restore({event.body["name"]: event.body["digest"]})
+            elif event.kind == "job":
+                self._states[event.job] = JobState(JobSpec.from_json(event.body))
+                numbers[event.job] = 0
+            elif event.kind == "generation":
+                self._states[event.job].allocations.append(AllocationRecord(**event.body))
+                numbers[event.job] = event.body["generation"] + 1
+            elif event.kind == "report":
+                self._states[event.job].reports.append(Report(**event.body))
+            elif event.kind == "ended":
+                self._states[event.job].restore_end(event.body)
+        return [(s, numbers[name]) for name, s in self._states.items() if not s.over]
+
+    # --- small things -----------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise FleetClosed(
+                "the fleet was closed; start another one, or continue this one with Fleet.open"
+            )
+
+    def _job(self, state: JobState) -> Job:
+        job_id = state.spec.job_id
+        return Job(
+            state,
+            stop=lambda i, reason: self._queue.put(partial(self._scheduler.stop, i, reason)),
+            resize=self._resize,
+            cost=self._scheduler.cost_usd,
+            logs=self.path / "logs" / job_id,
+        )
+
+    def _resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
+        spec = self._states[job_id].spec
+        bounds = Bounds(workers, memory_mb)
+        mistakes = check(JobFacts(job_id, self._platform.limits, spec.goal, bounds))
+        if workers is None and memory_mb is None:
+            mistakes.append("resize() needs workers=, memory_mb=, or both")
+        if mistakes:
+            raise InvalidInput(mistakes)
+        self._check_open()
+        self._queue.put(partial(self._scheduler.resize, job_id, workers, memory_mb))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a fleet is made of, once it is known that all of it can be had."""
+
+    prices: Prices
+    platform: Platform
+    objects: ObjectStore
+    history: History
+    known: list[HistoryEvent]
+
+    @classmethod
+    def open(
+        cls,
+        mistakes: list[str],
+        stack: ExitStack,
+        path: Path,
+        platform: str | Platform,
+        prices: str | Path,
+        price_row: str,
+        objects_url: str,
+        options: dict[str, str],
+        clock: Clock,
+        *,
+        resume: bool,
+    ) -> Self:
+        """Opens everything, or raises one InvalidInput that lists all mistakes."""
+        found: dict[str, Any] = {}
+        with _collected(mistakes):
+            found["prices"] = load_prices(prices)
+            found["prices"].parameter_store_usd(price_row, 1.0)
+        with _collected(mistakes):
+            found["platform"] = open_platform(platform)
+            if isinstance(platform, str):
+                stack.callback(found["platform"].close)
+        with _collected(mistakes):
+            found["objects"] = open_object_store(objects_url, options)
+        with _collected(mistakes):
+            found["history"] = stack.enter_context(History(path, clock=clock))
+            found["known"] = found["history"].read()
+            if found["known"] and not resume:
+                mistakes.append(
+                    f"path={str(path)!r} holds the record of an earlier fleet: continue it with "
+                    "Fleet.open(path), or choose another folder"
+                )
+        if mistakes:
+            raise InvalidInput(mistakes)
+        return cls(**found)
+
+
+@contextmanager
+def _collected(mistakes: list[str]) -> Iterator[None]:
+    """Adds what is wrong to the list instead of raising it."""
+    try:
+        yield
+    except InvalidInput as error:
+        mistakes += error.mistakes
+    except SmltError as error:
+        mistakes.append(str(error))
+
+
+def _folder(path: str | Path | None, stack: ExitStack) -> Path:
+    if path is not None:
+        return Path(path)
+    folder = Path(tempfile.mkdtemp(prefix="smlt-fleet-"))
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _fleet_name(events: list[HistoryEvent]) -> str | None:
+    return next((str(e.body["name"]) for e in events if e.kind == "fleet"), None)
+
+
+def _number_mistakes(**numbers: float | None) -> list[str]:
+    mistakes = []
+    for name, value in numbers.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        least = 0.0 if name == "budget_usd" else 1e-9
+        if value is not None and not (number and math.isfinite(value) and value >= least):
+            kind = "at least 0" if name == "budget_usd" else "above 0"
+            mistakes.append(f"{name} must be a number {kind}, or None, not {value!r}")
+    return mistakes
+
+
+def _submit_mistakes(train: object, job_id: object, seed: object, shards: object) -> list[str]:
+    mistakes = []
+    if not callable(train):
+        mistakes.append(
+            f"the training function must be callable with a configuration, got {train!r}"
+        )
+    if not isinstance(job_id, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", job_id):
+        mistakes.append(
+            f"name={job_id!r} must consist of 1 to 200 letters, digits, '.', '_' and '-'"
+        )
+    for what, value in (("seed", seed), ("shards", shards)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            mistakes.append(f"{what} must be a whole number of at least 0, not {value!r}")
+    return mistakes

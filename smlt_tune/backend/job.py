@@ -1,0 +1,280 @@
+"""A job: the record that the scheduler keeps, and the handle that the user holds."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smlt_tune.backend.goals import Cheapest, Fastest, Goal
+from smlt_tune.backend.resource_manager.policy import Allocation, Bounds
+from smlt_tune.errors import FunctionLost, JobError, OutOfMemory, TrainingFunctionError
+
+#: A job's ``status`` is one of these.
+QUEUED, RUNNING, FINISHED, STOPPED, FAILED = "queued", "running", "finished", "stopped", "failed"
+
+
+_ERRORS: dict[str, type[JobError]] = {
+    cls.__name__: cls for cls in (TrainingFunctionError, OutOfMemory, FunctionLost)
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a training function reported, and what it had cost by then.
+
+    Attributes:
+        index: How many reports came before.
+        metrics: As given to ``session.report``.
+        cost_usd: What the job had cost so far, USD.
+        time_s: Time since the job's first function started, seconds.
+        workers: Size of the job then.
+        memory_mb: Memory of each function then, MB.
+        generation: Number of the group of workers that reported.
+    """
+
+    index: int
+    metrics: dict[str, Any]
+    cost_usd: float
+    time_s: float
+    workers: int
+    memory_mb: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class AllocationRecord:
+    """One generation of a job.
+
+    Attributes:
+        generation: Its number.
+        workers: Its size.
+        memory_mb: Memory of each function, MB.
+        reason: Why it was started.
+        time_s: When, seconds since the job's first function started.
+    """
+
+    generation: int
+    workers: int
+    memory_mb: int
+    reason: str
+    time_s: float
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """How a job ended.
+
+    Attributes:
+        job_id: Which job.
+        status: ``finished`` if the training function returned, ``stopped`` otherwise.
+        reason: Why it was stopped: ``budget``, ``deadline``, or what ``stop`` was given.
+        metrics: Of the last report.
+        value: What the training function returned, if that can be JSON.
+        reports: All reports.
+        allocations: All generations.
+        cost_usd: What the job did cost, USD.
+        duration_s: From its first function's start to its end, seconds.
+        checkpoint: URL of the newest checkpoint (safetensors); None if nothing was prepared.
+    """
+
+    job_id: str
+    status: str
+    reason: str
+    metrics: dict[str, Any]
+    value: Any
+    reports: tuple[Report, ...]
+    allocations: tuple[AllocationRecord, ...]
+    cost_usd: float
+    duration_s: float
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What was submitted; enough to start the job again in another process.
+
+    Attributes:
+        job_id: Its name.
+        function: SHA-256 of the pickled training function.
+        config: SHA-256 of the pickled configuration.
+        seed: Everything random derives from it.
+        bounds: What the user fixed.
+        goal: What to optimise.
+        shards: Shards per synchronisation; 0 chooses.
+    """
+
+    job_id: str
+    function: str
+    config: str
+    seed: int = 0
+    bounds: Bounds = field(default_factory=Bounds)
+    goal: Goal = field(default_factory=Cheapest)
+    shards: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the fleet's history."""
+        goal = {"kind": type(self.goal).__name__, **asdict(self.goal)}
+        return {**asdict(self), "goal": goal}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "JobSpec":
+        """What :meth:`to_json` gave."""
+        goal = dict(body["goal"])
+        kind = {"Cheapest": Cheapest, "Fastest": Fastest}[goal.pop("kind")]
+        return cls(**{**body, "bounds": Bounds(**body["bounds"]), "goal": kind(**goal)})
+
+
+class JobState:
+    """What is known of a job; written by the scheduler's thread, read by any."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.changed = threading.Condition()
+        self.status = QUEUED
+        self.reports: list[Report] = []
+        self.allocations: list[AllocationRecord] = []
+        self.allocation: Allocation | None = None
+        self.outcome: JobOutcome | None = None
+        self.error: JobError | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the job has ended and is paid for."""
+        return self.status in (FINISHED, STOPPED, FAILED)
+
+    def restore_end(self, body: Mapping[str, Any]) -> None:
+        """Takes over how the job ended for an earlier client."""
+        reports = tuple(self.reports)
+        self.outcome = JobOutcome(
+            job_id=self.spec.job_id,
+            status=body["status"],
+            reason=body["reason"],
+            metrics=dict(reports[-1].metrics) if reports else {},
+            value=body["value"],
+            reports=reports,
+            allocations=tuple(self.allocations),
+            cost_usd=body["cost_usd"],
+            duration_s=body["duration_s"],
+            checkpoint=body["checkpoint"],
+        )
+        if body["error"]:
+            kind, message = body["error"]
+            self.error = _ERRORS.get(kind, JobError)(message, job_id=self.spec.job_id)
+        self.status = body["status"]
+
+    def update(self, **values: Any) -> None:
+        """Sets attributes and wakes up whoever waits for a change."""
+        with self.changed:
+            for name, value in values.items():
+                setattr(self, name, value)
+            self.changed.notify_all()
+
+
+class Job:
+    """The user's handle on one job of a fleet. May be used from several threads."""
+
+    def __init__(
+        self,
+        state: JobState,
+        *,
+        stop: Callable[[str, str], None],
+        resize: Callable[[str, int | None, int | None], None],
+        cost: Callable[[str], float],
+        logs: Path,
+    ) -> None:
+        self._state = state
+        self._stop = stop
+        self._resize = resize
+        self._cost = cost
+        self._logs = logs
+
+    def __repr__(self) -> str:
+        return f"Job({self.job_id!r}, {self.status})"
+
+    @property
+    def job_id(self) -> str:
+        """Its name, unique in the fleet."""
+        return self._state.spec.job_id
+
+    @property
+    def status(self) -> str:
+        """``queued``, ``running``, ``finished``, ``stopped`` or ``failed``."""
+        return self._state.status
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """Workers and memory of the running generation; None before the first."""
+        return self._state.allocation
+
+    @property
+    def cost_usd(self) -> float:
+        """What the job has cost up to now, running functions included, USD."""
+        outcome = self._state.outcome
+        return outcome.cost_usd if outcome else self._cost(self.job_id)
+
+    def reports(self) -> Iterator[Report]:
+        """All reports from the first on; waits for the next, ends with the job.
+
+        Raises:
+            JobError: The job failed. The reports up to then have been given.
+        """
+        state, given = self._state, 0
+        while True:
+            with state.changed:
+                state.changed.wait_for(lambda n=given: len(state.reports) > n or state.over)  # type: ignore[misc]
+                fresh = state.reports[given:]
+                over = state.over
+            yield from fresh
+            given += len(fresh)
+            if over and given == len(state.reports):
+                if state.error:
+                    raise state.error
+                return
+
+    def result(self, timeout_s: float | None = None) -> JobOutcome:
+        """Waits for the end of the job.
+
+        Args:
+            timeout_s: How long to wait, seconds; None for as long as it takes.
+
+        Raises:
+            JobError: The job failed: TrainingFunctionError, OutOfMemory or FunctionLost.
+            TimeoutError: It is still running after that time.
+        """
+        state = self._state
+        with state.changed:
+            if not state.changed.wait_for(lambda: state.over, timeout_s):
+                raise TimeoutError(f"job {self.job_id} is still {state.status} after {timeout_s} s")
+        if state.error:
+            raise state.error
+        assert state.outcome is not None
+        return state.outcome
+
+    def stop(self, reason: str = "stopped") -> None:
+        """Ends the job at once: its functions are killed, what was reserved for it is freed.
+
+        Returns without waiting; ``result`` tells when it is over. Does nothing to a job that is.
+        """
+        self._stop(self.job_id, reason)
+
+    def resize(self, *, workers: int | None = None, memory_mb: int | None = None) -> None:
+        """Moves the job to another allocation while it trains.
+
+        New functions start while the old still train; the old leave at an iteration's end.
+
+        Args:
+            workers: New number of workers; None keeps it.
+            memory_mb: New memory of a function, MB; None keeps it.
+
+        Raises:
+            InvalidInput: The platform cannot do that.
+        """
+        self._resize(self.job_id, workers, memory_mb)
+
+    def logs(self) -> dict[str, str]:
+        """What the workers printed, by the name of the invocation."""
+        if not self._logs.is_dir():
+            return {}
+        files = sorted(self._logs.glob("*.log"))
+        return {f.stem: f.read_text(encoding="utf-8", errors="replace") for f in files}

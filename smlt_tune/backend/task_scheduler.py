@@ -1,0 +1,945 @@
+"""Task Scheduler (paper 1c): keeps every job's workers running until the job is done.
+
+A state machine without threads: the fleet hands it what happens (a submission, a worker's event, an
+invocation's end, the passing of time), one at a time, and it invokes, fences, reserves, settles.
+It never waits.
+
+One mechanism for every change. A job trains in generations. Whatever has to change (size, memory,
+time limit, lost store), the next generation begins at a checkpoint; where possible its functions
+start while the old ones still train, and the old hand over at an iteration that they agree on. Only
+the loss of some of a generation's workers is mended inside it: the replacement gets the state from
+a survivor, and nobody else restarts.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from smlt_tune.backend.job import (
+    FAILED,
+    FINISHED,
+    QUEUED,
+    RUNNING,
+    STOPPED,
+    AllocationRecord,
+    JobOutcome,
+    JobState,
+    Report,
+)
+from smlt_tune.backend.ledger import Ledger
+from smlt_tune.backend.platforms.base import Cancels, Invocation, InvocationResult, Platform
+from smlt_tune.backend.prices import Prices
+from smlt_tune.backend.resource_manager.policy import Allocation, AllocationPolicy, JobFacts
+from smlt_tune.errors import (
+    BudgetExhausted,
+    FunctionLost,
+    JobError,
+    OutOfMemory,
+    PlatformError,
+    StoreUnavailable,
+    Throttled,
+    TrainingFunctionError,
+)
+from smlt_tune.runtime import keys, wire
+from smlt_tune.runtime.aggregator import TTL_S
+from smlt_tune.runtime.checkpoint import Checkpoints
+from smlt_tune.runtime.clock import Clock
+from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
+
+_LOG = logging.getLogger(__name__)
+
+#: Largest share of the free budget that one generation may reserve.
+LEASE_SHARE = 0.25
+#: Shortest lease worth starting a function for, in seconds.
+SHORTEST_LEASE_S = 3.0
+#: Leases are not made shorter than this while there is money for it, in seconds.
+USEFUL_LEASE_S = 20.0
+#: A worker that has shown no sign of life since it was invoked is given up after this, seconds.
+START_TIMEOUT_S = 120.0
+#: A worker is taken for hung after this many times its slowest iteration.
+HANG_FACTOR = 10.0
+#: Losses in a row without any progress after which a job fails.
+MOST_STRIKES = 3
+#: Workers that were told to go are killed after this, in seconds.
+GRACE_S = 10.0
+#: After being throttled, wait this long before the next attempt, in seconds.
+THROTTLE_PAUSE_S = 0.2
+
+
+@dataclass
+class _Call:
+    """One invocation under way."""
+
+    invocation_id: str
+    rank: int
+    incarnation: int
+    memory_mb: int
+    started_s: float
+    timeout_s: float
+    alive_s: float | None = None
+    hung: bool = False
+
+
+@dataclass
+class _Worker:
+    """One rank of a generation."""
+
+    rank: int
+    incarnation: int = -1
+    ready: bool = False
+    begun: bool = False
+    gone: bool = False
+    sign_s: float = 0.0
+    slowest_s: float = 0.0
+    told: wire.Failed | None = None
+
+
+@dataclass
+class _Generation:
+    number: int
+    allocation: Allocation
+    start: wire.Start | None
+    workers: list[_Worker]
+    lease_s: float
+    calls: dict[str, _Call] = field(default_factory=dict)
+    to_invoke: list[int] = field(default_factory=list)
+    invoke_after_s: float = 0.0
+    started: bool = False
+    asked_to_leave: bool = False
+    left: bool = False
+    closed: bool = False
+    closed_s: float = 0.0
+    finished: dict[int, wire.Finished] = field(default_factory=dict)
+    progress: wire.Progress | None = None
+
+    def ends_s(self) -> float:
+        """When the first of its functions reaches its time limit."""
+        return min((c.started_s + c.timeout_s for c in self.calls.values()), default=float("inf"))
+
+
+@dataclass
+class _Plan:
+    """A generation that waits for free functions or money."""
+
+    allocation: Allocation
+    reason: str
+    start: wire.Start | None
+    since_s: float
+
+
+@dataclass
+class _Record:
+    """Everything about one job."""
+
+    state: JobState
+    generations: list[_Generation] = field(default_factory=list)
+    plan: _Plan | None = None
+    resize_to: Allocation | None = None
+    next_number: int = 0
+    begun_s: float | None = None
+    position: str = ""
+    strikes: int = 0
+    strike_position: str = ""
+    peak_mb: float = 0.0
+    checkpoint: str | None = None
+    ending: str = ""
+    reason: str = ""
+    error: JobError | None = None
+    value: Any = None
+
+    @property
+    def job_id(self) -> str:
+        return self.state.spec.job_id
+
+    @property
+    def current(self) -> _Generation | None:
+        """The generation that trains, or will first."""
+        return next((g for g in self.generations if not g.closed and not g.left), None)
+
+    @property
+    def following(self) -> _Generation | None:
+        """The one that waits to take over."""
+        live = [g for g in self.generations if not g.closed and not g.left]
+        return live[1] if len(live) > 1 else None
+
+    def calls(self) -> Iterable[tuple[_Generation, _Call]]:
+        for generation in self.generations:
+            for call in generation.calls.values():
+                yield generation, call
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all jobs of a fleet.
+
+    Attributes:
+        fleet: Its name.
+        parameter_store: URL; holds a password.
+        object_store: URL.
+        store_options: Further arguments of the object store.
+        hang_timeout_s: Shortest silence that is taken for a hang, seconds.
+        deadline_s: When everything has to be over, on the clock's ``monotonic``; None for never.
+        logs: Folder for the workers' output.
+    """
+
+    fleet: str
+    parameter_store: str = field(repr=False)
+    object_store: str
+    store_options: dict[str, str] = field(repr=False)
+    hang_timeout_s: float
+    deadline_s: float | None
+    logs: Path
+
+
+class TaskScheduler:
+    """The scheduler of one fleet. Not thread-safe: one thread calls it.
+
+    Args:
+        settings: Of the fleet.
+        platform: Where functions run.
+        policy: Chooses allocations.
+        ledger: Grants and books money.
+        prices: What things cost.
+        parameter_store: Where workers meet.
+        object_store: Where checkpoints lie.
+        clock: Time.
+        record: Writes an event (kind, job, body) into the fleet's history.
+        on_done: Called with the result of an invocation, from the platform's threads.
+        datasets: SHA-256 of the uploaded data sets, by name, as they are now.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        platform: Platform,
+        policy: AllocationPolicy,
+        ledger: Ledger,
+        prices: Prices,
+        parameter_store: ParameterStore,
+        object_store: ObjectStore,
+        clock: Clock,
+        record: Callable[[str, str, dict[str, Any]], None],
+        on_done: Callable[[InvocationResult], None],
+        datasets: Callable[[], dict[str, str]],
+    ) -> None:
+        self._settings = settings
+        self._platform = platform
+        self._policy = policy
+        self._ledger = ledger
+        self._prices = prices
+        self._store = parameter_store
+        self._objects = object_store
+        self._clock = clock
+        self._record = record
+        self._on_done = on_done
+        self._datasets = datasets
+        self._keys = keys.FleetKeys(settings.fleet)
+        self._jobs: dict[str, _Record] = {}
+        self._active: dict[str, _Record] = {}
+        self._calls: dict[str, str] = {}
+        self._start_s = 1.0
+        self._retry_s = 0.0
+
+    # --- what the fleet asks for ----------------------------------------------------------------
+
+    def submit(self, state: JobState, *, next_number: int = 0) -> None:
+        """Takes a job in; it starts as soon as there are functions and money for it.
+
+        Args:
+            state: Of the job.
+            next_number: Number of its next generation, for a job of an earlier client.
+        """
+        job = _Record(state, next_number=next_number)
+        self._jobs[job.job_id] = self._active[job.job_id] = job
+        allocation = self._policy.first(self._facts(job))
+        start = wire.Start(self._checkpoints(job).latest() if next_number else None)
+        self._plan(job, allocation, "resumed" if next_number else "first", start)
+        self._admit()
+
+    def stop(self, job_id: str, reason: str) -> None:
+        """Kills a job's functions; it is over when they are gone."""
+        job = self._active.get(job_id)
+        if job is not None and not job.ending:
+            self._end(job, STOPPED, reason=reason)
+
+    def resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
+        """Moves a job to another allocation as soon as it trains."""
+        job = self._active.get(job_id)
+        if job is None or job.ending:
+            return
+        base = job.resize_to or job.state.allocation or self._policy.first(self._facts(job))
+        wanted = replace(
+            base, workers=workers or base.workers, memory_mb=memory_mb or base.memory_mb
+        )
+        bounds = job.state.spec.bounds
+        pins = replace(
+            bounds, workers=workers or bounds.workers, memory_mb=memory_mb or bounds.memory_mb
+        )
+        job.state.spec = replace(job.state.spec, bounds=pins)
+        if job.plan and not job.plan.start and not job.generations:
+            job.plan = replace(job.plan, allocation=wanted)
+        else:
+            job.resize_to = wanted
+        self.tick()
+
+    def cost_usd(self, job_id: str) -> float:
+        """What a job has cost up to now, running functions included, USD."""
+        running = 0.0
+        job = self._active.get(job_id)
+        if job is not None:
+            now = self._clock.monotonic()
+            for _, call in list(job.calls()):
+                if call.alive_s is not None:
+                    elapsed = min(now - call.alive_s, call.timeout_s)
+                    running += self._prices.invocation_usd(call.memory_mb, elapsed)
+        return self._ledger.job_usd(job_id) + running
+
+    @property
+    def idle(self) -> bool:
+        """Whether every job is over."""
+        return not self._active
+
+    # --- what happens ---------------------------------------------------------------------------
+
+    def event(self, event: wire.WorkerEvent) -> None:
+        """A worker has said something. Repeats and words of the past are harmless."""
+        job = self._active.get(event.job)
+        if job is None:
+            return
+        if isinstance(event, wire.Reported):
+            self._reported(job, event)
+        if isinstance(event, wire.Saved):
+            job.checkpoint = event.checkpoint
+        generation = next((g for g in job.generations if g.number == event.generation), None)
+        if generation is None or generation.closed or job.ending:
+            return
+        worker = generation.workers[event.rank]
+        worker.sign_s = self._clock.monotonic()
+        for call in generation.calls.values():
+            if call.rank == event.rank and call.alive_s is None:
+                call.alive_s = worker.sign_s
+        self._heard(job, generation, worker, event)
+
+    def _heard(
+        self, job: _Record, generation: _Generation, worker: _Worker, event: wire.WorkerEvent
+    ) -> None:
+        match event:
+            case wire.Ready():
+                self._ready(job, generation, worker)
+            case wire.Progress():
+                self._progress(job, generation, worker, event)
+            case wire.HandedOver():
+                worker.gone = True
+                self._handed_over(job, generation, event.checkpoint)
+            case wire.Finished():
+                worker.gone = True
+                self._finished(job, generation, event)
+            case wire.Stuck():
+                self._roll_back(job, "no survivor has the state of the iteration's beginning")
+            case wire.Failed():
+                self._failed(job, worker, event)
+
+    def ended(self, result: InvocationResult) -> None:
+        """The platform says that an invocation is over. Comes after the worker's last event."""
+        job_id = self._calls.pop(result.invocation_id, None)
+        if job_id is None:
+            return
+        job = self._jobs[job_id]
+        generation, call = next(
+            (g, c) for g, c in job.calls() if c.invocation_id == result.invocation_id
+        )
+        del generation.calls[result.invocation_id]
+        usd = self._prices.invocation_usd(call.memory_mb, result.billed_s, result.deliveries)
+        self._ledger.settle(result.invocation_id, usd)
+        job.peak_mb = max(job.peak_mb, result.peak_mb)
+        if result.start_s:
+            self._start_s = 0.8 * self._start_s + 0.2 * result.start_s
+        self._record(
+            "invocation",
+            job_id,
+            {
+                "id": result.invocation_id,
+                "ending": result.ending,
+                "billed_s": result.billed_s,
+                "cold": result.cold,
+                "peak_mb": result.peak_mb,
+                "detail": result.detail,
+            },
+        )
+        worker = generation.workers[call.rank]
+        others = [c for c in generation.calls.values() if c.rank == call.rank]
+        if not (job.ending or generation.closed or generation.left or worker.gone or others):
+            self._lost(job, generation, worker, call, result)
+        elif generation.finished and not generation.calls and not job.ending:
+            self._complete(job, generation)
+        self._sweep(job)
+        self._admit()
+
+    def store_lost(self) -> None:
+        """The parameter store was restarted: everything in it is gone."""
+        for job in list(self._active.values()):
+            if not job.ending and job.generations:
+                self._roll_back(job, "the parameter store was restarted", strike=False)
+        self._admit()
+
+    def abandon(self, error: Exception) -> None:
+        """Something that all jobs need has failed for good: they cannot go on."""
+        for job in list(self._active.values()):
+            if not job.ending:
+                message = f"job {job.job_id} cannot go on: {error}"
+                self._end(job, FAILED, error=FunctionLost(message, job_id=job.job_id))
+
+    def tick(self) -> None:
+        """Time has passed."""
+        now = self._clock.monotonic()
+        deadline = self._settings.deadline_s
+        for job in list(self._active.values()):
+            if deadline is not None and now >= deadline and not job.ending:
+                self._end(job, STOPPED, reason="deadline")
+            if not job.ending:
+                self._invoke_rest(job, now)
+                self._check_hangs(job, now)
+                self._plan_hand_over(job, now)
+            self._kill_stragglers(job, now)
+        if now >= self._retry_s:
+            self._admit()
+
+    # --- events in detail -----------------------------------------------------------------------
+
+    def _reported(self, job: _Record, event: wire.Reported) -> None:
+        if event.index != len(job.state.reports):
+            return
+        allocation = job.state.allocation
+        assert allocation is not None
+        report = Report(
+            index=event.index,
+            metrics=event.metrics,
+            cost_usd=self.cost_usd(job.job_id),
+            time_s=self._elapsed_s(job),
+            workers=allocation.workers,
+            memory_mb=allocation.memory_mb,
+            generation=event.generation,
+        )
+        self._record("report", job.job_id, vars(report))
+        job.state.update(reports=[*job.state.reports, report])
+
+    def _ready(self, job: _Record, generation: _Generation, worker: _Worker) -> None:
+        worker.ready = True
+        if generation.started or not all(w.ready for w in generation.workers):
+            return
+        if generation.start is not None:
+            self._start(job, generation)
+        else:  # everything is there: the old ones may go
+            before = job.current
+            if before is not None and before is not generation:
+                self._ask_to_leave(job, before)
+
+    def _start(self, job: _Record, generation: _Generation) -> None:
+        assert generation.start is not None
+        generation.started = True
+        names = self._keys.generation(job.job_id, generation.number)
+        wake = [names.tokens(w.rank) for w in generation.workers]
+        content = generation.start.encode()
+        self._store.put_once({names.start: content}, ttl_s=TTL_S, announce=wake)
+        job.state.update(status=RUNNING, allocation=generation.allocation)
+
+    def _progress(
+        self, job: _Record, generation: _Generation, worker: _Worker, event: wire.Progress
+    ) -> None:
+        worker.begun = worker.begun or not event.waiting
+        worker.slowest_s = max(worker.slowest_s, event.slowest_s)
+        generation.progress = event if event.rank == 0 else generation.progress
+        job.position = max(job.position, event.position)
+        job.peak_mb = max(job.peak_mb, event.peak_mb)
+
+    def _handed_over(self, job: _Record, generation: _Generation, checkpoint: str) -> None:
+        if generation.left:
+            return
+        following = job.following
+        generation.left = True
+        generation.closed_s = self._clock.monotonic()
+        job.checkpoint = checkpoint
+        start = wire.Start(checkpoint)
+        if following is not None:
+            following.start = start
+            if all(w.ready for w in following.workers):
+                self._start(job, following)
+        elif job.plan is not None:
+            job.plan.start = start
+        else:
+            allocation = job.resize_to or generation.allocation
+            reason = "resize" if job.resize_to else "time limit"
+            job.resize_to = None
+            self._plan(job, allocation, reason, start)
+
+    def _finished(self, job: _Record, generation: _Generation, event: wire.Finished) -> None:
+        generation.finished[event.rank] = event
+        if event.rank == 0:
+            self._complete(job, generation)
+
+    def _complete(self, job: _Record, generation: _Generation) -> None:
+        last = generation.finished[min(generation.finished)]
+        for index, metrics in enumerate(last.reports):
+            said = wire.Reported(
+                job=job.job_id,
+                generation=generation.number,
+                rank=0,
+                incarnation=0,
+                index=index,
+                metrics=metrics,
+            )
+            self._reported(job, said)
+        job.checkpoint = last.checkpoint or job.checkpoint
+        job.value = last.value
+        self._end(job, FINISHED, kill=False)
+
+    def _failed(self, job: _Record, worker: _Worker, event: wire.Failed) -> None:
+        if event.retry:
+            worker.told = event
+            return
+        error = TrainingFunctionError(
+            f"job {job.job_id}: the training function raised {event.error} (worker {event.rank})\n"
+            f"{event.traceback}",
+            job_id=job.job_id,
+            worker_traceback=event.traceback,
+        )
+        self._end(job, FAILED, error=error)
+
+    # --- losses ---------------------------------------------------------------------------------
+
+    def _lost(
+        self,
+        job: _Record,
+        generation: _Generation,
+        worker: _Worker,
+        call: _Call,
+        result: InvocationResult,
+    ) -> None:
+        """A worker ended without having said that it may."""
+        what = f"worker {worker.rank} of generation {generation.number}: {_describe(call, result)}"
+        if worker.told is not None:
+            what += f" ({worker.told.error})"
+        _LOG.info("job %s: %s", job.job_id, what)
+        if result.ending == "out_of_memory":
+            self._out_of_memory(job, generation, result)
+            return
+        if generation.to_invoke and worker.rank in generation.to_invoke:
+            return
+        if self._strike(job, what):
+            return
+        begun = any(w.begun and not w.gone and w is not worker for w in generation.workers)
+        if generation.started and not begun:
+            self._roll_back(job, what, strike=False)
+            return
+        worker.ready = worker.begun = False
+        worker.told = None
+        generation.to_invoke.append(worker.rank)
+        self._invoke_rest(job, self._clock.monotonic())
+
+    def _strike(self, job: _Record, what: str) -> bool:
+        """Counts losses without progress; ends the job after too many."""
+        fresh = job.position > job.strike_position
+        job.strikes = 1 if fresh else job.strikes + 1
+        job.strike_position = max(job.position, job.strike_position)
+        if job.strikes <= MOST_STRIKES:
+            return False
+        error = FunctionLost(
+            f"job {job.job_id}: {job.strikes} losses in a row without any progress, last {what}; "
+            "see job.logs(). If an iteration takes longer than the platform's time limit, use more "
+            "memory, more workers or a smaller batch; a function that does not use "
+            "session.prepare() has to finish within one time limit",
+            job_id=job.job_id,
+        )
+        self._end(job, FAILED, error=error)
+        return True
+
+    def _out_of_memory(
+        self, job: _Record, generation: _Generation, result: InvocationResult
+    ) -> None:
+        larger = self._policy.after_out_of_memory(self._facts(job), result.peak_mb)
+        limit_mb = generation.allocation.memory_mb
+        if larger is not None:
+            self._roll_back(job, f"out of memory at {limit_mb} MB", allocation=larger, strike=False)
+            return
+        error = OutOfMemory(
+            f"job {job.job_id}: a worker ran out of memory: it reached {result.peak_mb:.0f} MB, "
+            f"its limit is {limit_mb} MB. Give it more memory_mb, more workers (smaller parts of "
+            "the batch), or a smaller batch",
+            job_id=job.job_id,
+            peak_mb=result.peak_mb,
+            limit_mb=limit_mb,
+        )
+        self._end(job, FAILED, error=error)
+
+    def _roll_back(
+        self, job: _Record, why: str, *, allocation: Allocation | None = None, strike: bool = True
+    ) -> None:
+        """Nobody has the newest state any more: begin again at the last checkpoint."""
+        if strike and self._strike(job, why):
+            return
+        current = job.current
+        wanted = allocation or job.resize_to or (current.allocation if current else None)
+        job.resize_to = None
+        for generation in job.generations:
+            self._close(job, generation)
+        if wanted is None:
+            wanted = job.plan.allocation if job.plan else self._policy.first(self._facts(job))
+        self._plan(job, wanted, why, wire.Start(self._checkpoints(job).latest()))
+        self._admit()
+
+    def _check_hangs(self, job: _Record, now: float) -> None:
+        for generation in job.generations:
+            if generation.closed or generation.left:
+                continue
+            for call in list(generation.calls.values()):
+                worker = generation.workers[call.rank]
+                if call.incarnation != worker.incarnation or call.hung:
+                    continue
+                bound = START_TIMEOUT_S
+                if worker.slowest_s:
+                    bound = max(self._settings.hang_timeout_s, HANG_FACTOR * worker.slowest_s)
+                if now - worker.sign_s > bound:
+                    call.hung = True
+                    self._cancel(call)
+
+    # --- generations ----------------------------------------------------------------------------
+
+    def _plan(
+        self, job: _Record, allocation: Allocation, reason: str, start: wire.Start | None
+    ) -> None:
+        job.plan = _Plan(allocation, reason, start, self._clock.monotonic())
+        if start is not None and not job.ending:
+            job.state.update(status=QUEUED if not job.generations else job.state.status)
+
+    def _admit(self) -> None:
+        """Starts the generations that wait, first come, first served."""
+        self._retry_s = self._clock.monotonic() + THROTTLE_PAUSE_S
+        waiting = [j for j in self._active.values() if j.plan is not None and not j.ending]
+        for job in sorted(waiting, key=lambda j: j.plan.since_s if j.plan else 0.0):
+            plan = job.plan
+            assert plan is not None
+            if plan.allocation.workers > self._free_functions():
+                return  # nobody overtakes, or a large job would wait for ever
+            try:
+                self._launch(job, plan)
+            except BudgetExhausted as error:
+                self._without_money(job, error)
+
+    def _launch(self, job: _Record, plan: _Plan) -> None:
+        """Reserves and invokes all workers of a generation. Raises BudgetExhausted."""
+        lease_s = self._lease_s(plan.allocation)
+        number = job.next_number
+        workers = [_Worker(rank) for rank in range(plan.allocation.workers)]
+        generation = _Generation(number, plan.allocation, plan.start, workers, lease_s)
+        self._reserve(job, generation, list(range(len(workers))))
+        job.next_number += 1
+        job.plan = None
+        now = self._clock.monotonic()
+        job.begun_s = now if job.begun_s is None else job.begun_s
+        entry = AllocationRecord(
+            number,
+            plan.allocation.workers,
+            plan.allocation.memory_mb,
+            plan.reason,
+            self._elapsed_s(job),
+        )
+        self._record("generation", job.job_id, vars(entry))
+        job.state.update(allocations=[*job.state.allocations, entry])
+        (self._settings.logs / job.job_id).mkdir(parents=True, exist_ok=True)
+        names = self._keys.generation(job.job_id, number)
+        self._store.put({names.open: b"1"}, ttl_s=24 * TTL_S)
+        job.generations.append(generation)
+        generation.to_invoke = list(range(len(workers)))
+        self._invoke_rest(job, now)
+
+    def _reserve(self, job: _Record, generation: _Generation, ranks: list[int]) -> None:
+        """Reserves the worst case of invoking some ranks next: all of it or nothing."""
+        worst = self._prices.worst_case_usd(
+            generation.allocation.memory_mb, generation.lease_s, self._platform.limits.deliveries
+        )
+        reserved = []
+        try:
+            for rank in ranks:
+                name = self._call_id(job, generation, generation.workers[rank])
+                self._ledger.reserve(name, job.job_id, worst, "a function")
+                reserved.append(name)
+        except BudgetExhausted:
+            for name in reserved:
+                self._ledger.release(name)
+            raise
+
+    def _call_id(self, job: _Record, generation: _Generation, worker: _Worker) -> str:
+        return f"{job.job_id}.g{generation.number}.r{worker.rank}.i{worker.incarnation + 1}"
+
+    def _invoke_rest(self, job: _Record, now: float) -> None:
+        for generation in job.generations:
+            if not generation.to_invoke or generation.closed or now < generation.invoke_after_s:
+                continue
+            for rank in list(generation.to_invoke):
+                try:
+                    self._invoke(job, generation, generation.workers[rank])
+                except Throttled:
+                    generation.invoke_after_s = now + THROTTLE_PAUSE_S
+                    break
+                except BudgetExhausted as error:
+                    self._without_money(job, error)
+                    return
+                except PlatformError as error:
+                    self._end(job, FAILED, error=JobError(str(error), job_id=job.job_id))
+                    return
+                generation.to_invoke.remove(rank)
+
+    def _invoke(self, job: _Record, generation: _Generation, worker: _Worker) -> None:
+        name = self._call_id(job, generation, worker)
+        if worker.incarnation >= 0 and not self._is_reserved(name):
+            generation.lease_s = self._lease_s(replace(generation.allocation, workers=1))
+            self._reserve(job, generation, [worker.rank])
+        incarnation = worker.incarnation + 1
+        spec = self._spec(job, generation, worker.rank, incarnation)
+        memory_mb = generation.allocation.memory_mb
+        invocation = Invocation(
+            invocation_id=name,
+            memory_mb=memory_mb,
+            timeout_s=generation.lease_s,
+            payload=spec.encode(),
+            log_path=self._settings.logs
+            / job.job_id
+            / f"{name.removeprefix(job.job_id + '.')}.log",
+        )
+        now = self._clock.monotonic()
+        call = _Call(name, worker.rank, incarnation, memory_mb, now, generation.lease_s)
+        generation.calls[name] = call
+        self._calls[name] = job.job_id
+        try:
+            self._platform.invoke(invocation, self._on_done)
+        except Exception as error:
+            del generation.calls[name], self._calls[name]
+            if not isinstance(error, Throttled):
+                self._ledger.release(name)
+            raise
+        worker.incarnation = incarnation
+        worker.sign_s = now
+        worker.slowest_s = 0.0
+
+    def _is_reserved(self, name: str) -> bool:
+        return any(e.entry_id == name and e.settled_usd is None for e in self._ledger.entries())
+
+    def _spec(
+        self, job: _Record, generation: _Generation, rank: int, incarnation: int
+    ) -> wire.WorkerSpec:
+        spec = job.state.spec
+        return wire.WorkerSpec(
+            fleet=self._settings.fleet,
+            job=job.job_id,
+            generation=generation.number,
+            rank=rank,
+            workers=generation.allocation.workers,
+            incarnation=incarnation,
+            joining=generation.started,
+            shards=spec.shards,
+            seed=spec.seed,
+            function=spec.function,
+            config=spec.config,
+            datasets=self._datasets(),
+            parameter_store=self._settings.parameter_store,
+            object_store=self._settings.object_store,
+            store_options=self._settings.store_options,
+            vcpus=self._platform.vcpus(generation.allocation.memory_mb),
+            timeout_s=generation.lease_s,
+        )
+
+    def _lease_s(self, allocation: Allocation) -> float:
+        """How long functions may run: up to the time limit, less if money or time is short."""
+        limits = self._platform.limits
+        lease_s = limits.time_limit_s
+        if self._ledger.budget_usd is not None:
+            hour = self._prices.worst_case_usd(allocation.memory_mb, 3600.0, limits.deliveries)
+            per_s = hour * allocation.workers / 3600.0
+            affordable_s = max(0.0, self._ledger.available_usd) / per_s * 0.99 if per_s else lease_s
+            lease_s = min(
+                lease_s, max(LEASE_SHARE * affordable_s, min(USEFUL_LEASE_S, affordable_s))
+            )
+            if lease_s < min(SHORTEST_LEASE_S, limits.time_limit_s):
+                raise BudgetExhausted(
+                    f"{allocation.workers} functions of {allocation.memory_mb} MB cost "
+                    f"{per_s:.9f} USD per second; of the budget {self._ledger.available_usd:.9f} "
+                    "USD are free"
+                )
+        return lease_s
+
+    def _without_money(self, job: _Record, error: BudgetExhausted) -> None:
+        """Waits if other jobs still hold reservations; otherwise the job stops where it is."""
+        plan = job.plan
+        if job.current is not None and plan is not None:
+            job.plan = None  # it goes on as it is, up to the end of its lease
+            return
+        held = self._ledger.reserved_usd > 0 and any(
+            j.generations and any(g.calls for g in j.generations)
+            for j in self._active.values()
+            if j is not job
+        )
+        if plan is not None and (held or any(g.calls for g in job.generations)):
+            return
+        _LOG.info("job %s stops: %s", job.job_id, error)
+        self._end(job, STOPPED, reason="budget")
+
+    def _free_functions(self) -> int:
+        limits = self._platform.limits
+        busy = len(self._calls) + sum(
+            len(g.to_invoke) for j in self._active.values() for g in j.generations if not g.closed
+        )
+        return limits.concurrency // limits.deliveries - busy
+
+    def _plan_hand_over(self, job: _Record, now: float) -> None:
+        """Starts the next generation while this one still trains."""
+        current = job.current
+        if current is None or job.following or job.plan or not current.started:
+            return
+        if current.asked_to_leave or not all(w.begun for w in current.workers):
+            return
+        lead_s = min(0.3 * current.lease_s, 2.0 + 2.0 * self._start_s)
+        if job.resize_to is None and current.ends_s() - now < lead_s:
+            job.resize_to = self._policy.review(self._facts(job)) or current.allocation
+        if job.resize_to is None:
+            return
+        wanted, job.resize_to = job.resize_to, None
+        reason = "time limit" if wanted == current.allocation else "resize"
+        self._plan(job, wanted, reason, None)
+        if wanted.workers > self._free_functions():
+            self._ask_to_leave(job, current)  # no room for both: the old must go first
+            return
+        self._admit()
+
+    def _ask_to_leave(self, job: _Record, generation: _Generation) -> None:
+        generation.asked_to_leave = True
+        names = self._keys.generation(job.job_id, generation.number)
+        self._store.put({names.leave: b"1"}, ttl_s=TTL_S)
+
+    def _close(self, job: _Record, generation: _Generation, *, kill: bool = True) -> None:
+        """Fences a generation off: from now on it may do what it wants."""
+        if not generation.closed:
+            generation.closed = True
+            generation.closed_s = self._clock.monotonic()
+            for rank in generation.to_invoke:
+                name = self._call_id(job, generation, generation.workers[rank])
+                if self._is_reserved(name):
+                    self._ledger.release(name)
+            generation.to_invoke = []
+            names = self._keys.generation(job.job_id, generation.number)
+            with suppress(StoreUnavailable):  # then nobody can be misled by the key either
+                self._store.delete([names.open])
+        if kill:
+            for call in generation.calls.values():
+                self._cancel(call)
+
+    def _cancel(self, call: _Call) -> None:
+        if isinstance(self._platform, Cancels):
+            self._platform.cancel(call.invocation_id)
+
+    def _kill_stragglers(self, job: _Record, now: float) -> None:
+        for generation in job.generations:
+            over = generation.closed or generation.left
+            if over and generation.calls and now - generation.closed_s > GRACE_S:
+                generation.closed_s = now
+                self._close(job, generation)
+
+    def _sweep(self, job: _Record) -> None:
+        """Forgets generations whose functions are gone; ends the job after the last."""
+        for generation in list(job.generations):
+            if (generation.closed or generation.left) and not generation.calls:
+                self._close(job, generation)
+                prefix = self._keys.generation(job.job_id, generation.number).prefix
+                with suppress(StoreUnavailable):  # what is left expires
+                    self._store.delete_prefix(prefix)
+                job.generations.remove(generation)
+        if job.ending and not job.generations and job.job_id in self._active:
+            self._conclude(job)
+
+    # --- the end of a job -----------------------------------------------------------------------
+
+    def _end(
+        self,
+        job: _Record,
+        status: str,
+        *,
+        reason: str = "",
+        error: JobError | None = None,
+        kill: bool = True,
+    ) -> None:
+        """The job is decided; it is over once its functions are gone and paid for."""
+        job.ending, job.reason, job.error = status, reason, error
+        job.plan = None
+        for generation in job.generations:
+            self._close(job, generation, kill=kill)
+        self._sweep(job)
+
+    def _conclude(self, job: _Record) -> None:
+        del self._active[job.job_id]
+        checkpoints = self._checkpoints(job)
+        newest = job.checkpoint if job.ending == FINISHED else checkpoints.latest()
+        rest = [k for k in self._objects.list(keys.checkpoints(job.job_id)) if k != newest]
+        self._objects.delete(rest)
+        reports = tuple(job.state.reports)
+        outcome = JobOutcome(
+            job_id=job.job_id,
+            status=job.ending,
+            reason=job.reason,
+            metrics=dict(reports[-1].metrics) if reports else {},
+            value=job.value,
+            reports=reports,
+            allocations=tuple(job.state.allocations),
+            cost_usd=self._ledger.job_usd(job.job_id),
+            duration_s=self._elapsed_s(job),
+            checkpoint=f"{self._objects.url}/{newest}" if newest else None,
+        )
+        self._record(
+            "ended",
+            job.job_id,
+            {
+                "status": outcome.status,
+                "reason": outcome.reason,
+                "value": outcome.value,
+                "cost_usd": outcome.cost_usd,
+                "duration_s": outcome.duration_s,
+                "checkpoint": outcome.checkpoint,
+                "error": [type(job.error).__name__, str(job.error)] if job.error else None,
+            },
+        )
+        job.state.update(status=job.ending, outcome=outcome, error=job.error)
+
+    # --- small things ---------------------------------------------------------------------------
+
+    def _checkpoints(self, job: _Record) -> Checkpoints:
+        return Checkpoints(self._objects, job.job_id)
+
+    def _elapsed_s(self, job: _Record) -> float:
+        return 0.0 if job.begun_s is None else self._clock.monotonic() - job.begun_s
+
+    def _facts(self, job: _Record) -> JobFacts:
+        spec, current = job.state.spec, job.current
+        progress = current.progress if current else None
+        return JobFacts(
+            job_id=job.job_id,
+            limits=self._platform.limits,
+            goal=spec.goal,
+            bounds=spec.bounds,
+            allocation=current.allocation if current else None,
+            peak_mb=job.peak_mb,
+            iterations=progress.iterations if progress else 0,
+            busy_s=progress.busy_s if progress else 0.0,
+            sync_s=progress.sync_s if progress else 0.0,
+            batch=progress.batch if progress else 0,
+        )
+
+
+def _describe(call: _Call, result: InvocationResult) -> str:
+    if call.hung:
+        return "showed no sign of life and was killed"
+    if result.ending == "returned":
+        return "returned without a word"
+    if result.ending == "timed_out":
+        return f"reached its time limit of {call.timeout_s:.0f} s"
+    return f"{result.ending} {result.detail}".strip()
