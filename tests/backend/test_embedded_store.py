@@ -31,6 +31,13 @@ def _runs(pid):
     return False
 
 
+def kill(server):
+    """Kills the server; returns once the guard has started it again."""
+    killed = server.pid
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: server.pid != killed)
+
+
 def _gone(server, guard_pid, directory):
     return not _runs(server) and not _runs(guard_pid) and not Path(directory).exists()
 
@@ -123,7 +130,7 @@ def test_a_killed_server_starts_again_on_the_same_port(server, store, times):
     seen = {server.pid}
     for _ in range(times):
         store.put({"key": b"value"}, ttl_s=60)
-        os.kill(server.pid, signal.SIGKILL)
+        kill(server)
         assert store.get(["key"]) == [None]
         seen.add(server.pid)
     assert len(seen) == times + 1

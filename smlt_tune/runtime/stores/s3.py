@@ -55,7 +55,9 @@ _OPTIONS = ("endpoint_url", "access_key", "secret_key", "session_token", "region
 
 
 class S3Store:
-    """Objects below a prefix of a bucket. May be used from several threads.
+    """Objects below a prefix of a bucket.
+
+    May be used from several threads. A process that was forked must make its own store.
 
     Without keys, boto3 looks for credentials in its usual places (environment, configuration
     files, role of the function).

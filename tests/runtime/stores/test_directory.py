@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smlt_tune.errors import InvalidInput, ObjectNotFound, StorageFull, StoreUnavailable
 from smlt_tune.runtime.stores.directory import DirectoryStore
@@ -215,6 +217,26 @@ def test_bad_urls_are_refused(url, options, message):
     with pytest.raises(InvalidInput) as caught:
         open_object_store(url, options)
     assert str(caught.value) == message
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    key=st.text("ab./~-_\\ \0é", max_size=12) | st.text(max_size=12),
+    content=st.binary(max_size=20),
+)
+def test_whatever_the_key_nothing_happens_outside(tmp_path_factory, key, content):
+    outer = tmp_path_factory.mktemp("outer")
+    store = DirectoryStore(outer / "store")
+    try:
+        store.put(key, content)
+    except InvalidInput:
+        assert list(outer.iterdir()) == []
+    else:
+        assert store.list("") == store.list(key) == [key]
+        assert store.get(key) == content
+        assert [path.name for path in outer.iterdir()] == ["store"]
+        store.delete([key])
+        assert store.list("") == []
 
 
 def test_opening_does_not_touch_the_disk(tmp_path):

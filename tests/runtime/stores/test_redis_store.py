@@ -1,7 +1,10 @@
 import contextlib
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +14,7 @@ from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.errors import InvalidInput, StorageFull, StoreUnavailable
 from smlt_tune.runtime.stores.opening import open_parameter_store
 from smlt_tune.runtime.stores.redis_store import RedisStore
+from tests.conftest import eventually
 from tests.contracts.parameter_store import ParameterStoreContract
 
 
@@ -65,10 +69,10 @@ class FakeClock:
 class Proxy:
     """Stands before a server and cuts connections as told."""
 
-    def __init__(self, target):
+    def __init__(self, target, tls=None):
         self.target = target
+        self.tls = tls
         self.drop_replies = 0
-        self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -80,7 +84,12 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            self.connections += 1
+            if self.tls:
+                try:
+                    client = self.tls.wrap_socket(client, server_side=True)
+                except ssl.SSLError:  # who does not trust the certificate hangs up
+                    client.close()
+                    continue
             server = socket.create_connection(self.target)
             for source, sink in ((client, server), (server, client)):
                 threading.Thread(
@@ -112,6 +121,13 @@ def store(valkey):
     store = RedisStore(valkey.url)
     yield store
     store.close()
+
+
+def kill(server):
+    """Kills the server; returns once the guard has started it again."""
+    killed = server.pid
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: server.pid != killed)
 
 
 def _refusing_port():
@@ -207,6 +223,44 @@ def test_tls_is_asked_for(valkey):
     store.close()
 
 
+@pytest.fixture
+def tls(valkey, tmp_path):
+    """A proxy that speaks TLS, and the file of its certificate."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
+    kind = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", *kind, *names, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    proxy = Proxy(("127.0.0.1", _port(valkey.url)), context)
+    url = valkey.url.replace(str(_port(valkey.url)), str(proxy.port))
+    yield url.replace("redis://", "rediss://"), tmp_path / "certificate"
+    proxy.close()
+
+
+def _port(url):
+    return int(url.rpartition(":")[2].removesuffix("/0"))
+
+
+def test_tls_to_a_server_whose_certificate_is_trusted(tls):
+    url, certificate = tls
+    store = RedisStore(f"{url}?ssl_ca_certs={certificate}")
+    store.put({"tls": bytes(100_000)}, ttl_s=60)
+    assert store.get(["tls"]) == [bytes(100_000)]
+    store.close()
+
+
+def test_tls_to_a_server_whose_certificate_is_not_trusted(tls):
+    url, _ = tls
+    store = RedisStore(url, retry_s=0.0)
+    with pytest.raises(StoreUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        store.get(["tls"])
+    store.close()
+
+
 def test_a_server_without_memory_left_says_so_and_keeps_what_it_has():
     with EmbeddedStore(maxmemory_mb=8) as server:
         store = RedisStore(server.url)
@@ -239,7 +293,7 @@ def test_a_killed_server_comes_back_empty_under_another_id():
         store = RedisStore(server.url)
         before = store.server_id()
         store.put({"key": b"value"}, ttl_s=60)
-        os.kill(server.pid, signal.SIGKILL)
+        kill(server)
         assert store.get(["key"]) == [None]
         assert store.server_id() != before
         store.close()
@@ -252,7 +306,7 @@ def test_who_waits_notices_nothing_of_a_restart():
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(store.wait, "stream", "0", timeout_s=600)
             other.get(["key"])
-            os.kill(server.pid, signal.SIGKILL)
+            kill(server)
             other.put_once({"key": b""}, ttl_s=60, announce=["stream"])
             assert waiting.result() != "0"
         store.close()
@@ -260,7 +314,7 @@ def test_who_waits_notices_nothing_of_a_restart():
 
 
 def test_a_winner_whose_answer_was_lost_learns_that_it_won(valkey):
-    port = int(valkey.url.rsplit(":", 1)[1].removesuffix("/0"))
+    port = _port(valkey.url)
     proxy = Proxy(("127.0.0.1", port))
     store = RedisStore(valkey.url.replace(str(port), str(proxy.port)))
     direct = RedisStore(valkey.url)
