@@ -67,7 +67,11 @@ def _begin(parent: int) -> None:
     if "numpy" in sys.modules:
         import numpy as np
 
-        np.random.seed()  # noqa: NPY002 - each process has its own global state, as if just started
+        np.random.seed()  # noqa: NPY002 - its global state, as that of a process just started
+    if "torch" in sys.modules:
+        import torch
+
+        torch.default_generator.seed()
 
 
 def _serve_one(sock: socket.socket, entry: str) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ _QUOTE = 2_000
 # With the module path of the client before anything else is imported: user code lies there.
 _BOOTSTRAP = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from smlt_tune.backend.platforms.local.zygote import main; main(int(sys.argv[2]))"
+    "from smlt_tune.backend.platforms.local.zygote import main; main(int(sys.argv[2]), sys.argv[3])"
 )
 
 
@@ -34,10 +35,15 @@ class Helper:
     def __init__(self, settings: Settings) -> None:
         self.control, theirs = socket.socketpair()
         self._output = os.memfd_create("smlt-helper")
+        # What functions start inherits it, even if it leaves their process group and session.
+        self._mark = f"smlt-helper-{secrets.token_hex(8)}"
         path = json.dumps([str(entry) for entry in sys.path])
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOTSTRAP, path, str(theirs.fileno())],
+                [
+                    *(sys.executable, "-P", "-c", _BOOTSTRAP),
+                    *(path, str(theirs.fileno()), self._mark),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._output,
@@ -75,8 +81,10 @@ class Helper:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        linux.signal_all(linux.session_members(self.pid), signal.SIGKILL)
         code = self._process.returncode
+        if code != 0:
+            while left := linux.marked(self._mark):
+                linux.signal_all(left, signal.SIGKILL)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         said = self._said()
         with contextlib.suppress(OSError):

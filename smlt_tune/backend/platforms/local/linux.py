@@ -114,15 +114,20 @@ def pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 
 
-def session_members(session: int) -> list[int]:
-    """Living processes of a session."""
-    members = []
+def marked(mark: str) -> list[int]:
+    """Processes that have a text on their command line or in the environment they began with."""
+    found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
-            fields = stat_fields(name)
-            if fields and int(fields[3]) == session and fields[0] not in "ZX":
-                members.append(int(name))
-    return members
+            for file in ("cmdline", "environ"):
+                try:
+                    data = Path(f"/proc/{name}/{file}").read_bytes()
+                except OSError:
+                    break  # gone, or not ours
+                if mark.encode() in data:
+                    found.append(int(name))
+                    break
+    return found
 
 
 def children(pid: int) -> list[int]:

@@ -27,13 +27,15 @@ _ENVIRONMENT = {
 }
 
 
-def main(fd: int) -> None:
+def main(fd: int, mark: str) -> None:
     """Serves the client at the other end of a socket until it closes or dies.
 
     Args:
         fd: The socket.
+        mark: By which the client recognises what functions leave behind if this process dies.
     """
-    os.environ.update(_ENVIRONMENT)  # noqa: TID251 - an entry point; read when libgomp is loaded
+    # Read when libgomp is loaded.
+    os.environ.update(_ENVIRONMENT, SMLT_HELPER=mark)  # noqa: TID251 - an entry point
     control = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)
     frame = channel.receive(control)
@@ -71,10 +73,9 @@ def _preload(modules: list[str]) -> None:
 
 
 def _train_once() -> None:
-    """One step of a tiny network: loads what torch loads at first use. Uses no random number."""
+    """One step of a tiny network: loads what torch loads at first use."""
     import torch
 
-    state = torch.get_rng_state()
     torch.set_num_threads(1)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(72, 2)
@@ -83,4 +84,3 @@ def _train_once() -> None:
     loss = torch.nn.functional.cross_entropy(model(torch.ones(2, 1, 8, 8)), torch.tensor([0, 1]))
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    torch.set_rng_state(state)
