@@ -169,6 +169,10 @@ class Board:
                     self._refresh(row)
             return [self.rows[trial] for trial in sorted(self.rows)]
 
+    def seconds_of(self, row: Row) -> float:
+        """How long the trial took; until it is over, how long it has been under way."""
+        return row.seconds if row.over else self.elapsed_s - row.began_s
+
     def _refresh(self, row: Row) -> None:
         job = self._jobs.get(row.trial)
         if job is None:

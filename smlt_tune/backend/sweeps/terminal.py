@@ -79,7 +79,7 @@ class Terminal:
     def picture(self) -> RenderableType:
         """The sweep at this moment."""
         rows = self._board.snapshot()
-        return Group(self._headline(rows), self._budget_bar(), *self._tables(rows))
+        return Group(self._headline(rows), self._budget_bar(rows), *self._tables(rows))
 
     def _tables(self, rows: list[Row]) -> list[RenderableType]:
         running = [row for row in rows if not row.over]
@@ -102,18 +102,21 @@ class Terminal:
             line.append(f"  best {sweep.metric} {words.value(leader.value)}", "green")
         return line
 
-    def _budget_bar(self) -> Text:
+    def _budget_bar(self, rows: list[Row]) -> Text:
+        """What is spent (running functions too), what more is reserved, and what is left."""
         settled, reserved = self._fleet.settled_usd, self._fleet.reserved_usd
         budget = self._fleet.budget_usd
-        text = f"spent {words.usd(settled)}  reserved {words.usd(reserved)}"
+        spent = max(settled, sum(row.cost_usd for row in rows))
+        held = max(0.0, settled + reserved - spent)
+        text = f"spent {words.usd(spent)}  reserved {words.usd(held)}"
         if not budget:
             return Text(f"{text}  no budget set")
-        spent = min(_BAR, round(_BAR * settled / budget))
-        held = min(_BAR - spent, round(_BAR * reserved / budget))
+        full = min(_BAR, round(_BAR * spent / budget))
+        half = min(_BAR - full, round(_BAR * held / budget))
         return Text.assemble(
-            ("█" * spent, "green"),
-            ("▒" * held, "yellow"),
-            ("·" * (_BAR - spent - held), "dim"),
+            ("█" * full, "green"),
+            ("▒" * half, "yellow"),
+            ("·" * (_BAR - full - half), "dim"),
             f"  {text}  of {words.usd(budget)}",
         )
 
@@ -153,7 +156,7 @@ class Terminal:
             _Column("reports", [str(len(row.points)) for row in rows], 2 if ranks else 0),
             _Column("workers", [str(row.workers or "-") for row in rows], 0),
             _Column("MB", [str(row.memory_mb or "-") for row in rows], 4),
-            _Column("time", [words.seconds(row.seconds) for row in rows], 0),
+            _Column("time", [words.seconds(self._board.seconds_of(row)) for row in rows], 0),
             _Column("cost", [words.usd(row.cost_usd) for row in rows], 0),
         ]
         columns += [

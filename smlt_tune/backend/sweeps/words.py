@@ -4,10 +4,11 @@ from typing import Any
 
 
 def usd(amount: float | None) -> str:
-    """Dollars, with four decimals from a cent down."""
+    """Dollars: cents, and more decimals for what costs less than a dollar or a cent."""
     if amount is None:
         return "no limit"
-    return f"${amount:.4f}" if abs(amount) < 10 else f"${amount:,.2f}"
+    decimals = 2 if abs(amount) >= 1 else 4 if abs(amount) >= 0.01 or amount == 0 else 6
+    return f"${amount:,.{decimals}f}"
 
 
 def seconds(duration: float) -> str:
