@@ -79,6 +79,9 @@ def _objective(sweep: Sweep, fleet: "Fleet", board: Board, trial: optuna.Trial) 
     except JobError as error:
         board.end(trial.number, "failed", f"{type(error).__name__}: {error}")
         raise
+    except KeyboardInterrupt:
+        board.end(trial.number, "stopped", "interrupted", trial.user_attrs.get("smlt_seconds"))
+        raise
     board.end(trial.number, "finished", seconds=outcome.duration_s)
     value = board.rows[trial.number].value
     return float("nan") if value is None else value
