@@ -203,6 +203,12 @@ class ProcessContract:
             assert result.ending == "cancelled"
             assert result.detail == "the platform was closed"
 
+    def test_a_forked_child_that_returns_too_is_not_taken_for_the_function(self, make):
+        platform = make()
+        for cold in (True, False):
+            result = call(platform, "fork_and_return").result()
+            assert (result.ending, result.cold) == ("returned", cold)
+
     def test_payloads_arrive_as_they_were_sent(self, make, tmp_path):
         log = tmp_path / "log"
         platform = make()

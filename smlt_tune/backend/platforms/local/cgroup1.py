@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import signal
@@ -151,15 +150,9 @@ class Cgroup1Cage:
             linux.signal_all(processes(group), signal.SIGKILL)
 
     def remove(self) -> bool:
-        try:
-            for group in self._groups:
-                if group.exists():
-                    group.rmdir()
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                return False
-            raise
-        return True
+        for group in self._groups:
+            remove_tree(group)  # with groups that the function has made below
+        return not any(group.exists() for group in self._groups)
 
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import signal
@@ -158,15 +157,8 @@ class Cgroup2Cage:
             linux.signal_all(processes(self._group), signal.SIGKILL)
 
     def remove(self) -> bool:
-        try:
-            self._group.rmdir()
-        except FileNotFoundError:
-            return True
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                return False
-            raise
-        return True
+        remove_tree(self._group)  # with groups that the function has made below
+        return not self._group.exists()
 
 
 if TYPE_CHECKING:

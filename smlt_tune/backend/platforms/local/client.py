@@ -262,7 +262,10 @@ class LocalPlatform:
                 else:
                     self._on_ended(event)
         how = helper.bury()
-        self._isolation.reap(self._clock)
+        try:
+            self._isolation.reap(self._clock)
+        except OSError as error:
+            _log.warning("control groups are left behind: %s", error)
         with self._lock:
             self._helper = None
             if not self._closed:

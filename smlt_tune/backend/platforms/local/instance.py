@@ -84,6 +84,7 @@ def _serve_one(sock: socket.socket, entry: str) -> bool:
     if not request["cold"]:
         linux.forget_peak()
     error: BaseException | None = None
+    process = os.getpid()
     try:
         _redirect(request["log"])
         function = load_entry(entry)
@@ -93,6 +94,8 @@ def _serve_one(sock: socket.socket, entry: str) -> bool:
         error = raised
         traceback.print_exc()
     _flush()
+    if os.getpid() != process:  # forked by the function, which let the child return as well
+        os._exit(0)
     if error is None:
         sock.send(_answer(True, ""))
     else:

@@ -11,10 +11,9 @@ import resource
 import selectors
 import signal
 import socket
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from smlt_tune.backend.platforms.local import channel, instance, linux
@@ -50,6 +49,8 @@ class Settings:
 
 @dataclass
 class _Delivery:
+    """One run of an invocation; times in seconds of the clock."""
+
     number: int
     cold: bool
     started: float
@@ -59,6 +60,22 @@ class _Delivery:
 
 @dataclass
 class _Instance:
+    """One forked process.
+
+    Attributes:
+        pid: Its id; also that of its process group.
+        sock: To it.
+        share: What it may use.
+        cage: What keeps it to that.
+        idle_until: When it ends if nothing comes, seconds; while it has no delivery.
+        delivery: What it runs.
+        cpu_s: CPU time of what it ran before, seconds.
+        peak: Highest resident memory of the function as a whole, bytes.
+        ending: Why it was killed, if it was while it ran something.
+        detail: The same for people.
+        dying: It was killed and has not been reaped yet.
+    """
+
     pid: int
     sock: socket.socket
     share: Share
@@ -69,7 +86,7 @@ class _Instance:
     peak: int = 0
     ending: str = ""
     detail: str = ""
-    dying: bool = field(default=False)
+    dying: bool = False
 
 
 class Supervisor:
@@ -454,4 +471,4 @@ def _cause(code: int) -> str:
 
 def single_threaded() -> bool:
     """Whether the calling process may fork safely."""
-    return len(os.listdir("/proc/self/task")) == 1 and sys.platform == "linux"
+    return len(os.listdir("/proc/self/task")) == 1

@@ -60,6 +60,7 @@ class WatchdogCage:
         self._children_bytes = 0
         self._used: dict[int, float] = {}
         self._tokens = 0.0
+        self._most = share.cores * BURST_S
         self._looked: float | None = None
         self._looked_for_children = float("-inf")
         self._stopped = False
@@ -77,7 +78,6 @@ class WatchdogCage:
         self._pid = pid
 
     def resume(self) -> None:
-        self._looked = None
         self._continue()
 
     def enforce(self, now: float) -> None:
@@ -87,14 +87,9 @@ class WatchdogCage:
             self._children_bytes = sum(map(linux.proportional_bytes, self._children))
         self._measure_memory()
         used = self._cpu_since_last()
-        if self._looked is None:  # just resumed: what it did before is not this invocation's
-            self._tokens = self._share.cores * BURST_S
-        else:
-            earned = self._share.cores * (now - self._looked)
-            self._tokens = min(
-                self._tokens + earned - used, self._share.cores * max(BURST_S, INTERVAL_S)
-            )
+        earned_s = BURST_S if self._looked is None else now - self._looked
         self._looked = now
+        self._tokens = min(self._tokens + earned_s * self._share.cores - used, self._most)
         if self._tokens <= 0 and not self._stopped:
             self._stopped = True
             linux.signal_all((self._pid, *self._children), signal.SIGSTOP)
