@@ -13,8 +13,8 @@ a survivor, and nobody else restarts.
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ START_TIMEOUT_S = 120.0
 #: A worker is taken for hung after this many times its slowest iteration.
 HANG_FACTOR = 10.0
 #: Losses in a row without any progress after which a job fails.
-MOST_STRIKES = 3
+MOST_STRIKES = 5
 #: Workers that were told to go are killed after this, in seconds.
 GRACE_S = 10.0
 #: After being throttled, wait this long before the next attempt, in seconds.
@@ -242,6 +242,7 @@ class TaskScheduler:
         self._calls: dict[str, str] = {}
         self._start_s = 1.0
         self._retry_s = 0.0
+        self._store_is_gone = False
 
     # --- what the fleet asks for ----------------------------------------------------------------
 
@@ -387,6 +388,7 @@ class TaskScheduler:
 
     def abandon(self, error: Exception) -> None:
         """Something that all jobs need has failed for good: they cannot go on."""
+        self._store_is_gone = self._store_is_gone or isinstance(error, StoreUnavailable)
         for job in list(self._active.values()):
             if not job.ending:
                 message = f"job {job.job_id} cannot go on: {error}"
@@ -829,11 +831,19 @@ class TaskScheduler:
                     self._ledger.release(name)
             generation.to_invoke = []
             names = self._keys.generation(job.job_id, generation.number)
-            with suppress(StoreUnavailable):  # then nobody can be misled by the key either
-                self._store.delete([names.open])
+            self._forget(partial(self._store.delete, [names.open]))
         if kill:
             for call in generation.calls.values():
                 self._cancel(call)
+
+    def _forget(self, delete: Callable[[], object]) -> None:
+        """Deletes keys; if the store is out of reach, nobody can be misled by them either."""
+        if self._store_is_gone:
+            return
+        try:
+            delete()
+        except StoreUnavailable as error:
+            self.abandon(error)
 
     def _cancel(self, call: _Call) -> None:
         if isinstance(self._platform, Cancels):
@@ -852,8 +862,7 @@ class TaskScheduler:
             if (generation.closed or generation.left) and not generation.calls:
                 self._close(job, generation)
                 prefix = self._keys.generation(job.job_id, generation.number).prefix
-                with suppress(StoreUnavailable):  # what is left expires
-                    self._store.delete_prefix(prefix)
+                self._forget(partial(self._store.delete_prefix, prefix))
                 job.generations.remove(generation)
         if job.ending and not job.generations and job.job_id in self._active:
             self._conclude(job)

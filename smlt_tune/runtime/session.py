@@ -37,7 +37,7 @@ from smlt_tune.runtime.position import Position, entropy
 from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
 
 #: Shortest time between two checkpoints, in seconds.
-MIN_CHECKPOINT_S = 1.0
+MIN_CHECKPOINT_S = 0.25
 
 #: A worker whose time limit is nearer than this (plus a few iterations) asks for a hand-over, s.
 TIME_LIMIT_MARGIN_S = 0.5
