@@ -36,11 +36,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Spending:
-    """The ledger at one moment, USD; ``elapsed_s`` since the sweep began."""
+    """The money at one moment.
+
+    Attributes:
+        elapsed_s: Since the sweep began, seconds.
+        settled_usd: By the ledger.
+        reserved_usd: By the ledger.
+        spent_usd: Settled, or used by running functions.
+    """
 
     elapsed_s: float
     settled_usd: float
     reserved_usd: float
+    spent_usd: float
+
+    @property
+    def held_usd(self) -> float:
+        """Reserved and not used yet."""
+        return max(0.0, self.settled_usd + self.reserved_usd - self.spent_usd)
 
 
 @dataclass
@@ -189,8 +202,16 @@ class Board:
             listener(event, row)
 
     def _sample(self) -> None:
-        fleet = self._fleet
-        self.spending.append(Spending(self.elapsed_s, fleet.settled_usd, fleet.reserved_usd))
+        self.spending.append(self.money())
+
+    def money(self) -> Spending:
+        """The ledger, and what the jobs have cost, now."""
+        with self._lock:
+            for row in self.rows.values():
+                self._refresh(row)
+            used = sum(row.cost_usd for row in self.rows.values())
+        settled, reserved = self._fleet.settled_usd, self._fleet.reserved_usd
+        return Spending(self.elapsed_s, settled, reserved, max(settled, used))
 
 
 def ranked(rows: Sequence[Row], *, maximize: bool) -> list[Row]:

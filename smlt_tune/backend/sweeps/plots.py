@@ -1,11 +1,12 @@
 """The plots of a report, as SVG. The only module that draws; matplotlib is loaded on first use."""
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from smlt_tune.backend.sweeps.board import Board, Row
+from smlt_tune.backend.sweeps.board import Board, Row, ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ def _best(axes: "Axes", board: Board, rows: list[Row], over: str) -> None:
     """A step for every report that was better than all before it; all reports as dots."""
     seen = sorted(
         (point.elapsed_s, point.value) for row in rows for point in row.points
-        if point.value is not None
+        if point.value is not None and math.isfinite(point.value)
     )  # fmt: skip
     steps: list[tuple[float, float]] = []
     better = max if board.sweep.maximize else min
@@ -97,7 +98,7 @@ def _best(axes: "Axes", board: Board, rows: list[Row], over: str) -> None:
             ha="right", color=COLOURS["finished"], weight="bold",
         )  # fmt: skip
     axes.set(xlabel="USD spent" if over == "cost" else "seconds", ylabel=board.sweep.metric)
-    axes.margins(y=0.12)
+    _show(axes, board, rows)
 
 
 def _legend(axes: "Axes") -> None:
@@ -123,8 +124,33 @@ def _whole_numbers(axes: "Axes") -> None:
 
 
 def _spent(board: Board, at: float) -> float:
-    """Settled by then."""
-    return next((s.settled_usd for s in reversed(board.spending) if s.elapsed_s <= at), 0.0)
+    """Spent by then, USD."""
+    return next((s.spent_usd for s in reversed(board.spending) if s.elapsed_s <= at), 0.0)
+
+
+def _numbers(rows: list[Row]) -> list[float]:
+    """Every finite value of the metric."""
+    values = [point.value for row in rows for point in row.points]
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _show(axes: "Axes", board: Board, rows: list[Row]) -> None:
+    """Chooses the range of values so that a few trials that went wrong do not flatten the rest."""
+    values = sorted(_numbers(rows))
+    if len(values) < 2:
+        return
+    quarter, middle, three = (values[len(values) * n // 4] for n in (1, 2, 3))
+    reach = 3 * max(three - quarter, abs(middle) / 100)
+    low, high = values[0], values[-1]
+    if board.sweep.maximize:
+        low = max(low, quarter - reach)
+    else:
+        high = min(high, three + reach)
+    hidden = sum(not low <= value <= high for value in values)
+    margin = 0.1 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + 1.4 * margin)
+    if hidden:
+        axes.set_ylabel(f"{board.sweep.metric} ({hidden} worse ones not shown)")
 
 
 def _curves(axes: "Axes", board: Board, rows: list[Row]) -> None:
@@ -140,6 +166,7 @@ def _curves(axes: "Axes", board: Board, rows: list[Row]) -> None:
         axes.plot(xs, ys, color=colour, lw=1.3, alpha=0.8, label=label)
         axes.plot(xs[-1], ys[-1], "o" if row.state == "finished" else "X", ms=5, color=colour)
     axes.set(xlabel="report", ylabel=board.sweep.metric)
+    _show(axes, board, rows)
     _whole_numbers(axes)
     _legend(axes)
 
@@ -158,6 +185,7 @@ def _costs(axes: "Axes", rows: list[Row]) -> None:
 
 
 def _scatter(axes: "Axes", board: Board, rows: list[Row]) -> None:
+    leaders = [row.trial for row in ranked(rows, maximize=board.sweep.maximize)[:1]]
     labelled: set[str] = set()
     for row in rows:
         if row.value is None:
@@ -168,24 +196,31 @@ def _scatter(axes: "Axes", board: Board, rows: list[Row]) -> None:
         axes.scatter(
             x, row.value, 12 + 14 * row.workers, COLOURS[row.state], alpha=0.8, label=label
         )
+        if row.trial not in leaders:
+            continue
         axes.annotate(
-            str(row.trial), (x, row.value), xytext=(5, 3), textcoords="offset points", fontsize=7.5
+            f"trial {row.trial}",
+            (x, row.value),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=7.5,
         )
     axes.set(
         xlabel="cost in thousandths of a dollar (larger dots: more workers)",
         ylabel=board.sweep.metric,
     )
-    axes.margins(x=0.08, y=0.08)
+    axes.margins(x=0.08)
+    _show(axes, board, rows)
     _legend(axes)
 
 
 def _budget(axes: "Axes", board: Board) -> None:
     times = [one.elapsed_s for one in board.spending]
-    settled = [one.settled_usd for one in board.spending]
-    together = [one.settled_usd + one.reserved_usd for one in board.spending]
+    spent = [one.spent_usd for one in board.spending]
+    together = [one.spent_usd + one.held_usd for one in board.spending]
     fill: dict[str, Any] = {"step": "post", "lw": 0}
-    axes.fill_between(times, settled, together, color="#f0d9a8", label="reserved", **fill)
-    axes.fill_between(times, 0, settled, color="#8fc1ad", label="settled", **fill)
+    axes.fill_between(times, spent, together, color="#f0d9a8", label="reserved", **fill)
+    axes.fill_between(times, 0, spent, color="#8fc1ad", label="spent", **fill)
     budget = board.sweep.budget_usd
     if budget:
         axes.axhline(budget, color=COLOURS["failed"], lw=1.5, ls="--", label="budget")

@@ -39,8 +39,13 @@ class _Column:
     rank: int
 
     @property
+    def head(self) -> str:
+        """The name, in two lines if it is long and can be."""
+        return self.name.replace("_", "_\n", 1) if len(self.name) > 8 else self.name
+
+    @property
     def width(self) -> int:
-        return 2 + max(len(text) for text in (self.name, *self.cells))
+        return 2 + max(len(text) for text in (*self.head.splitlines(), *self.cells))
 
 
 class Terminal:
@@ -79,18 +84,22 @@ class Terminal:
     def picture(self) -> RenderableType:
         """The sweep at this moment."""
         rows = self._board.snapshot()
-        return Group(self._headline(rows), self._budget_bar(rows), *self._tables(rows))
+        return Group(self._headline(rows), self._budget_bar(), *self._tables(rows))
 
     def _tables(self, rows: list[Row]) -> list[RenderableType]:
         running = [row for row in rows if not row.over]
         over = [row for row in rows if row.over]
         tables: list[RenderableType] = []
         if running:
-            tables += [Text(), self._table(running, "running", ranks=False)]
+            tables += [Text(), self._live_table(running, "running", ranks=False)]
         if over:
             top = ranked(over, maximize=self._board.sweep.maximize)[:5]
-            tables += [Text(), self._table(top, "best so far", ranks=True)]
+            tables += [Text(), self._live_table(top, "best so far", ranks=True)]
         return tables
+
+    def _live_table(self, rows: list[Row], title: str, *, ranks: bool) -> Table:
+        columns = [*self._names(rows, ranks=ranks), *self._results(rows)]
+        return self._table(rows, title, self._fitting([*columns, *self._configurations(rows)]))
 
     def _headline(self, rows: list[Row]) -> Text:
         sweep = self._board.sweep
@@ -102,17 +111,14 @@ class Terminal:
             line.append(f"  best {sweep.metric} {words.value(leader.value)}", "green")
         return line
 
-    def _budget_bar(self, rows: list[Row]) -> Text:
+    def _budget_bar(self) -> Text:
         """What is spent (running functions too), what more is reserved, and what is left."""
-        settled, reserved = self._fleet.settled_usd, self._fleet.reserved_usd
-        budget = self._fleet.budget_usd
-        spent = max(settled, sum(row.cost_usd for row in rows))
-        held = max(0.0, settled + reserved - spent)
-        text = f"spent {words.usd(spent)}  reserved {words.usd(held)}"
+        money, budget = self._board.money(), self._fleet.budget_usd
+        text = f"spent {words.usd(money.spent_usd)}  reserved {words.usd(money.held_usd)}"
         if not budget:
             return Text(f"{text}  no budget set")
-        full = min(_BAR, round(_BAR * spent / budget))
-        half = min(_BAR - full, round(_BAR * held / budget))
+        full = min(_BAR, round(_BAR * money.spent_usd / budget))
+        half = min(_BAR - full, round(_BAR * money.held_usd / budget))
         return Text.assemble(
             ("█" * full, "green"),
             ("▒" * half, "yellow"),
@@ -120,14 +126,14 @@ class Terminal:
             f"  {text}  of {words.usd(budget)}",
         )
 
-    def _table(self, rows: list[Row], title: str, *, ranks: bool) -> Table:
+    def _table(self, rows: list[Row], title: str, columns: list["_Column"]) -> Table:
         table = Table(box=None, padding=(0, 1), title=title, title_justify="left", pad_edge=False)
         table.title_style = "bold"
-        columns = self._columns(rows, ranks=ranks)
         for column in columns:
             table.add_column(
-                column.name,
+                column.head,
                 justify="left" if column.name == "state" else "right",
+                vertical="bottom",
                 style="bold" if column.name == self._board.sweep.metric else "",
                 no_wrap=True,
             )
@@ -138,37 +144,46 @@ class Terminal:
             )
         return table
 
-    def _columns(self, rows: list[Row], *, ranks: bool) -> list["_Column"]:
-        """As many as fit, the most important ones."""
-        sweep = self._board.sweep
-        numbers = [str(rank) for rank in range(1, len(rows) + 1)]
-        columns = [_Column("#", numbers, 0)] if ranks else []
-        columns += [
-            _Column("trial", [str(row.trial) for row in rows], 0),
-            _Column("state", [row.state for row in rows], 0),
-            _Column(sweep.metric, [words.value(row.value) for row in rows], 0),
-        ]
-        columns += [
-            _Column(name, [words.value(row.metrics.get(name)) for row in rows], 3)
-            for name in sweep.show
-        ]
-        columns += [
-            _Column("reports", [str(len(row.points)) for row in rows], 2 if ranks else 0),
-            _Column("workers", [str(row.workers or "-") for row in rows], 0),
-            _Column("MB", [str(row.memory_mb or "-") for row in rows], 4),
-            _Column("time", [words.seconds(self._board.seconds_of(row)) for row in rows], 0),
-            _Column("cost", [words.usd(row.cost_usd) for row in rows], 0),
-        ]
-        columns += [
-            _Column(one.name, [words.value(row.params.get(one.name)) for row in rows], 1)
-            for one in sweep.space
-        ]
-        while sum(one.width for one in columns) > self.console.width:
-            least = max(columns, key=lambda one: one.rank)
+    def _fitting(self, columns: list["_Column"]) -> list["_Column"]:
+        """As many of them as fit, the most important ones."""
+        kept = list(columns)
+        while not self._fit(kept):
+            least = max(kept, key=lambda one: one.rank)
             if least.rank == 0:
                 break
-            columns.remove(least)
-        return columns
+            kept.remove(least)
+        return kept
+
+    def _fit(self, columns: list["_Column"]) -> bool:
+        return sum(one.width for one in columns) <= self.console.width
+
+    def _names(self, rows: list[Row], *, ranks: bool) -> list["_Column"]:
+        numbers = [str(rank) for rank in range(1, len(rows) + 1)]
+        columns = [_Column("#", numbers, 0)] if ranks else []
+        return [*columns, _Column("trial", [str(row.trial) for row in rows], 0)]
+
+    def _results(self, rows: list[Row]) -> list["_Column"]:
+        sweep, board = self._board.sweep, self._board
+        shown = [
+            _Column(name, [words.value(row.metrics.get(name)) for row in rows], 2)
+            for name in sweep.show
+        ]
+        return [
+            _Column("state", [row.state for row in rows], 0),
+            _Column(sweep.metric, [words.value(row.value) for row in rows], 0),
+            *shown,
+            _Column("reports", [str(len(row.points)) for row in rows], 4),
+            _Column("workers", [str(row.workers or "-") for row in rows], 0),
+            _Column("MB", [str(row.memory_mb or "-") for row in rows], 3),
+            _Column("time", [words.seconds(board.seconds_of(row)) for row in rows], 0),
+            _Column("cost", [words.usd(row.cost_usd) for row in rows], 0),
+        ]
+
+    def _configurations(self, rows: list[Row]) -> list["_Column"]:
+        return [
+            _Column(one.name, [words.value(row.params.get(one.name)) for row in rows], 1)
+            for one in self._board.sweep.space
+        ]
 
     def _log(self, event: str, row: Row) -> None:
         metric, value = self._board.sweep.metric, words.value(row.value)
@@ -190,7 +205,17 @@ class Terminal:
             self.say("no trial was started")
             return
         self.console.print()
-        self.console.print(self._table(rows, "leaderboard", ranks=True))
+        names, results = self._names(rows, ranks=True), self._results(rows)
+        configurations = self._configurations(rows)
+        whole = [*names, *results, *configurations]
+        if self._fit(whole):
+            self.console.print(self._table(rows, "leaderboard", whole))
+        else:
+            columns = self._fitting([*names, *results])
+            self.console.print(self._table(rows, "leaderboard", columns))
+            self.console.print()
+            columns = self._fitting([*names, *configurations])
+            self.console.print(self._table(rows, "configurations", columns))
         cut = [row for row in rows if row.why]
         if cut:
             self.console.print()
