@@ -30,6 +30,7 @@ class PlatformLimits:
         concurrency: How many functions may run at once.
         deliveries: How often the platform may run one invocation at most. Reservations count it.
         max_workers: Largest job.
+        init_s: Initialisation that may be billed on top of an invocation's time-out.
     """
 
     min_memory_mb: int
@@ -38,6 +39,7 @@ class PlatformLimits:
     concurrency: int
     deliveries: int = 1
     max_workers: int = 1000
+    init_s: float = 0.0
 
 
 @dataclass(frozen=True)

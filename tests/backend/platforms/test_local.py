@@ -493,6 +493,8 @@ class TestCgroup2:
         assert (group / "memory.max").read_text() == str(412 * linux.MB)
         assert (group / "memory.swap.max").read_text() == "0"
         assert (group / "memory.oom.group").read_text() == "1"
+        found.cage(2, Share(512, 0.01, preloaded)).remove()
+        assert (group.parent / "cpu.weight").read_text() == "200"
         cage.enter()
         assert (group / "cgroup.procs").read_text() == "0"
         assert cage.exceeded_mb(0) == 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from smlt_tune.backend.platforms.local import linux
 from smlt_tune.backend.platforms.local.cgroupfs import (
     counter,
+    groups_below,
     mounts,
     own_paths,
     processes,
@@ -24,6 +25,8 @@ from smlt_tune.backend.platforms.local.isolation import Share, owner_name, quota
 from smlt_tune.runtime.clock import Clock
 
 _CONTROLLERS = ("cpu", "memory")
+#: Weight of an ordinary process, and the greatest of a group.
+_SHARES, _MAX_SHARES = 1024, 262_144
 
 
 class Cgroup1:
@@ -94,7 +97,11 @@ class Cgroup1:
 
     def cage(self, number: int, share: Share) -> Cgroup1Cage:
         name = f"{self._owner}/{number}"
-        return Cgroup1Cage(self._cpu / name, self._memory / name, share)
+        made = Cgroup1Cage(self._cpu / name, self._memory / name, share)
+        # To the rest of the machine the owner's group is one competitor: as many as are in it.
+        weight = _SHARES * groups_below(self._cpu / self._owner)
+        put(self._cpu / self._owner / "cpu.shares", min(weight, _MAX_SHARES), optional=True)
+        return made
 
     def close(self) -> None:
         for base in self._bases:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from smlt_tune.backend.platforms.local import linux
 from smlt_tune.backend.platforms.local.cgroupfs import (
     counter,
+    groups_below,
     mounts,
     own_paths,
     processes,
@@ -24,6 +25,8 @@ from smlt_tune.backend.platforms.local.isolation import Share, owner_name, quota
 from smlt_tune.runtime.clock import Clock
 
 _CONTROLLERS = frozenset({"cpu", "memory"})
+#: Weight of an ordinary group, and the greatest.
+_WEIGHT, _MAX_WEIGHT = 100, 10_000
 
 
 class Cgroup2:
@@ -89,7 +92,11 @@ class Cgroup2:
         _hand_on(self._owner)
 
     def cage(self, number: int, share: Share) -> Cgroup2Cage:
-        return Cgroup2Cage(self._owner / str(number), share)
+        made = Cgroup2Cage(self._owner / str(number), share)
+        # To the rest of the machine the owner's group is one competitor: as many as are in it.
+        weight = min(_WEIGHT * groups_below(self._owner), _MAX_WEIGHT)
+        put(self._owner / "cpu.weight", weight, optional=True)
+        return made
 
     def close(self) -> None:
         remove_tree(self._owner)

@@ -90,6 +90,11 @@ def processes(group: Path) -> list[int]:
         return []
 
 
+def groups_below(group: Path) -> int:
+    """How many groups lie directly in a group."""
+    return sum(entry.is_dir() for entry in os.scandir(group))
+
+
 def remove_tree(group: Path) -> None:
     """Removes a group and those below it as far as they are empty."""
     for directory, _, _ in os.walk(group, topdown=False):

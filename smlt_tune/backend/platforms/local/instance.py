@@ -51,7 +51,9 @@ def main(sock: socket.socket, entry: str, parent: int, enter: Callable[[], None]
 def _begin(parent: int) -> None:
     """Undoes what the fork has inherited from the helper."""
     linux.die_with_parent(parent)
-    os.setpgid(0, 0)
+    # NOTE: a session, not only a group: the scheduler weighs sessions (sched_autogroup), and all
+    # instances in one would together count as one competitor of the rest of the machine.
+    os.setsid()
     signal.set_wakeup_fd(-1)
     for number, handler in (
         (signal.SIGCHLD, signal.SIG_DFL),

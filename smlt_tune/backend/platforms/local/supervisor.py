@@ -241,8 +241,6 @@ class Supervisor:
             self._forget_all(ours)
             instance.main(theirs, self._settings.entry, parent, cage.enter)
         theirs.close()
-        with contextlib.suppress(OSError):  # the child does it too; who comes first does not matter
-            os.setpgid(pid, pid)
         cage.adopt(pid)
         made = _Instance(pid, ours, share, cage)
         self._instances[pid] = made

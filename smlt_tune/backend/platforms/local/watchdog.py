@@ -17,15 +17,16 @@ import signal
 from typing import TYPE_CHECKING
 
 from smlt_tune.backend.platforms.local import linux
-from smlt_tune.backend.platforms.local.isolation import PERIOD_US, Share
+from smlt_tune.backend.platforms.local.isolation import Share
 from smlt_tune.runtime.clock import Clock
 
 #: How often an instance is looked at, seconds.
 INTERVAL_S = 0.005
 #: How often its child processes are looked for, seconds.
 DESCENDANTS_S = 0.1
-#: How much a bucket holds: what the instance may use of its past, seconds at its share.
-BURST_S = PERIOD_US / 1e6
+#: How much a bucket holds: what an instance that had to wait for a core may catch up on, seconds at
+#: its share.
+BURST_S = 0.1
 #: Data segments may exceed twice the memory by this much: mapped is not yet resident. Bytes.
 DATA_MARGIN = 1024 * linux.MB
 
@@ -87,7 +88,7 @@ class WatchdogCage:
             self._children_bytes = sum(map(linux.proportional_bytes, self._children))
         self._measure_memory()
         used = self._cpu_since_last()
-        earned_s = BURST_S if self._looked is None else now - self._looked
+        earned_s = INTERVAL_S if self._looked is None else now - self._looked
         self._looked = now
         self._tokens = min(self._tokens + earned_s * self._share.cores - used, self._most)
         if self._tokens <= 0 and not self._stopped:
