@@ -208,6 +208,11 @@ class Job:
         return self._state.allocation
 
     @property
+    def allocations(self) -> tuple[AllocationRecord, ...]:
+        """All generations up to now."""
+        return tuple(self._state.allocations)
+
+    @property
     def cost_usd(self) -> float:
         """What the job has cost up to now, running functions included, USD."""
         outcome = self._state.outcome

@@ -151,6 +151,7 @@ class Prices:
         deliveries: int = 1,
         object_puts: int = 0,
         object_gets: int = 0,
+        init_s: float | None = None,
     ) -> float:
         """The most that an invocation can cost; what the ledger reserves for it.
 
@@ -163,13 +164,14 @@ class Prices:
             deliveries: How often the platform may run it at most.
             object_puts: Writes to the object store, of all deliveries together.
             object_gets: Reads from the object store, of all deliveries together.
+            init_s: Initialisation that the platform bills on top of the time-out, seconds; None
+                for the price list's limit, 0 where it counts within the time-out.
 
         Returns:
             USD, rounded up to a nano-dollar.
         """
-        longest = _round_up(
-            _exact(timeout_s, "timeout_s") + Fraction(self.init_limit_s), self.billing_step_s
-        )
+        init = Fraction(self.init_limit_s) if init_s is None else _exact(init_s, "init_s")
+        longest = _round_up(_exact(timeout_s, "timeout_s") + init, self.billing_step_s)
         functions = self._invocation_nanos(memory_mb, longest * deliveries, deliveries)
         return nanos_to_usd(functions + self._object_nanos(object_puts, object_gets))
 

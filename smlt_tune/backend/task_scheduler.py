@@ -106,6 +106,7 @@ class _Generation:
     lease_s: float
     calls: dict[str, _Call] = field(default_factory=dict)
     to_invoke: list[int] = field(default_factory=list)
+    reserved: set[str] = field(default_factory=set)
     invoke_after_s: float = 0.0
     started: bool = False
     asked_to_leave: bool = False
@@ -659,9 +660,7 @@ class TaskScheduler:
 
     def _reserve(self, job: _Record, generation: _Generation, ranks: list[int]) -> None:
         """Reserves the worst case of invoking some ranks next: all of it or nothing."""
-        worst = self._prices.worst_case_usd(
-            generation.allocation.memory_mb, generation.lease_s, self._platform.limits.deliveries
-        )
+        worst = self._worst_usd(generation.allocation, generation.lease_s)
         reserved = []
         try:
             for rank in ranks:
@@ -672,6 +671,7 @@ class TaskScheduler:
             for name in reserved:
                 self._ledger.release(name)
             raise
+        generation.reserved.update(reserved)
 
     def _call_id(self, job: _Record, generation: _Generation, worker: _Worker) -> str:
         return f"{job.job_id}.g{generation.number}.r{worker.rank}.i{worker.incarnation + 1}"
@@ -696,7 +696,7 @@ class TaskScheduler:
 
     def _invoke(self, job: _Record, generation: _Generation, worker: _Worker) -> None:
         name = self._call_id(job, generation, worker)
-        if worker.incarnation >= 0 and not self._is_reserved(name):
+        if name not in generation.reserved:
             generation.lease_s = self._lease_s(replace(generation.allocation, workers=1))
             self._reserve(job, generation, [worker.rank])
         incarnation = worker.incarnation + 1
@@ -717,17 +717,20 @@ class TaskScheduler:
         self._calls[name] = job.job_id
         try:
             self._platform.invoke(invocation, self._on_done)
-        except Exception as error:
+        except Exception:
             del generation.calls[name], self._calls[name]
-            if not isinstance(error, Throttled):
-                self._ledger.release(name)
             raise
+        generation.reserved.discard(name)
         worker.incarnation = incarnation
         worker.sign_s = now
         worker.slowest_s = 0.0
 
-    def _is_reserved(self, name: str) -> bool:
-        return any(e.entry_id == name and e.settled_usd is None for e in self._ledger.entries())
+    def _worst_usd(self, allocation: Allocation, lease_s: float) -> float:
+        """The most that one function of a generation can cost, USD."""
+        limits = self._platform.limits
+        return self._prices.worst_case_usd(
+            allocation.memory_mb, lease_s, limits.deliveries, init_s=limits.init_s
+        )
 
     def _spec(
         self, job: _Record, generation: _Generation, rank: int, incarnation: int
@@ -758,9 +761,11 @@ class TaskScheduler:
         limits = self._platform.limits
         lease_s = limits.time_limit_s
         if self._ledger.budget_usd is not None:
-            hour = self._prices.worst_case_usd(allocation.memory_mb, 3600.0, limits.deliveries)
-            per_s = hour * allocation.workers / 3600.0
-            affordable_s = max(0.0, self._ledger.available_usd) / per_s * 0.99 if per_s else lease_s
+            at_once = self._worst_usd(allocation, 0.0) * allocation.workers
+            hour = self._worst_usd(allocation, 3600.0) * allocation.workers
+            per_s = (hour - at_once) / 3600.0
+            free = max(0.0, self._ledger.available_usd - at_once)
+            affordable_s = 0.99 * free / per_s if per_s else lease_s
             lease_s = min(
                 lease_s, max(LEASE_SHARE * affordable_s, min(USEFUL_LEASE_S, affordable_s))
             )
@@ -825,10 +830,9 @@ class TaskScheduler:
         if not generation.closed:
             generation.closed = True
             generation.closed_s = self._clock.monotonic()
-            for rank in generation.to_invoke:
-                name = self._call_id(job, generation, generation.workers[rank])
-                if self._is_reserved(name):
-                    self._ledger.release(name)
+            for name in generation.reserved:
+                self._ledger.release(name)
+            generation.reserved.clear()
             generation.to_invoke = []
             names = self._keys.generation(job.job_id, generation.number)
             self._forget(partial(self._store.delete, [names.open]))

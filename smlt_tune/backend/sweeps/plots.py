@@ -97,6 +97,7 @@ def _best(axes: "Axes", board: Board, rows: list[Row], over: str) -> None:
             f"{steps[-1][1]:.4g}", steps[-1], xytext=(0, 5), textcoords="offset points",
             ha="right", color=COLOURS["finished"], weight="bold",
         )  # fmt: skip
+    axes.locator_params(axis="x", nbins=6)
     axes.set(xlabel="USD spent" if over == "cost" else "seconds", ylabel=board.sweep.metric)
     _show(axes, board, rows)
 

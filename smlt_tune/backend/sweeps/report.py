@@ -19,20 +19,21 @@ NO_PLOTS = "plots need matplotlib: pip install 'smlt-tune[report]'"
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-       max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
+       max-width: 1320px; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
 .facts { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 1rem 0 0; }
 .facts div { min-width: 6rem; } .facts b { display: block; font-size: 1.25rem; }
 .facts span { color: #666; font-size: .85rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }
-figure { margin: 0; border: 1px solid #e3e3e3; border-radius: 6px; padding: .6rem .8rem; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { flex: 1 1 440px; margin: 0; padding: .6rem .8rem; border: 1px solid #e3e3e3;
+         border-radius: 6px; }
 figcaption { font-weight: 600; margin-bottom: .2rem; } figure svg { width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #eaeaea;
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #eaeaea;
          white-space: nowrap; }
 th { color: #666; font-weight: 600; } td.l, th.l { text-align: left; }
-td.why { white-space: normal; color: #666; } tr.best td { background: #eef7f2; }
+td.why { white-space: normal; min-width: 12rem; color: #666; } tr.best td { background: #eef7f2; }
 .state { color: #fff; border-radius: 3px; padding: 0 .45em; font-size: .85em; }
 """
 
