@@ -1,6 +1,7 @@
 """The sweep file: what it says, and every mistake in it with its line."""
 
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -216,6 +217,6 @@ def test_what_is_no_sweep_file(sweep_file, tmp_path):
 
 
 def test_the_example_is_right():
-    sweep = load("examples/sweep.yaml")
+    sweep = load(Path(__file__).parents[1] / "examples" / "sweep.yaml")
     assert sweep.trials >= 12
     assert {sweep.workers_of({"batch_size": size}) for size in (32, 64, 128)} == {1, 2, 4}
