@@ -123,7 +123,7 @@ def _run(sweep: "Sweep", out: Path) -> int:
     from smlt_tune.backend.sweeps.terminal import Terminal
     from smlt_tune.integrations.optuna.sweeps import run_sweep
 
-    ended: SmltError | Stopped | None = None
+    ended: Exception | Stopped | None = None
     with _Signals() as signals:
         fleet = Fleet(
             platform=sweep.open_platform(),
@@ -135,7 +135,7 @@ def _run(sweep: "Sweep", out: Path) -> int:
         try:
             with fleet, terminal.live(), signals.heard():
                 run_sweep(sweep, fleet, board)
-        except (SmltError, Stopped) as error:
+        except (Exception, Stopped) as error:  # noqa: BLE001 - raised again below
             ended = error
         board.close("interrupted" if isinstance(ended, Stopped) else "the sweep ended")
         terminal.leaderboard()

@@ -135,6 +135,17 @@ def test_a_budget_that_pays_for_nothing_is_an_error(folder, capsys):
     assert (folder / "tiny-report" / "report.html").exists()
 
 
+def test_what_is_known_is_told_before_a_crash(folder, capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("smlt_tune.integrations.optuna.sweeps.run_sweep", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["sweep", "sweep.yaml"])
+    assert "no trial was started" in capsys.readouterr().out
+    assert LedgerFleet.made[0].closed
+
+
 def test_no_trial_that_finishes_is_an_error(folder):
     text = SWEEP.replace("[plain, broken, slow]", "[broken]")
     (folder / "sweep.yaml").write_text(text + "platform: inline\n")

@@ -72,6 +72,8 @@ def run(
     checks.refuse(checks.run_mistakes(trial, train, fleet, metric))
     checks.refuse_closed(fleet)
     drive, calls = current_drive(), _CALLS.setdefault(trial, Calls())
+    if drive.ending:
+        trial.set_user_attr("smlt_stopped", drive.ending)
     drive.admit()
     claimed = claim(trial, fleet)
     name = f"{claimed}-{len(calls.names)}" if calls.names else claimed

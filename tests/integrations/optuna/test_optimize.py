@@ -105,6 +105,19 @@ def test_the_study_ends_cleanly_when_the_budget_is_spent(tmp_path):
     assert len(study.trials) <= 4
 
 
+def test_the_deadline_of_the_fleet_ends_the_study(fleet):
+    def until_the_deadline(config, job):
+        job.report(accuracy=config["x"])
+        job.stop("deadline")
+        job.wait(60)
+
+    study = new_study()
+    smlt_optuna.optimize(study, objective_of(fleet, until_the_deadline), fleet=fleet)
+    assert set(states(study)) == {TrialState.PRUNED}
+    assert {trial.user_attrs["smlt_stopped"] for trial in study.trials} == {"deadline"}
+    assert len(study.trials) <= 16
+
+
 def test_a_budget_that_pays_for_nothing_is_an_error(tmp_path):
     fleet = FakeFleet(tmp_path / "fleet", budget_steps=0)
     with pytest.raises(BudgetExhausted, match="does not pay for a step"):
