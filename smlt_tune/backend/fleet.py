@@ -35,7 +35,7 @@ from smlt_tune.backend.resource_manager.policy import (
     PinnedOrDefault,
     check,
 )
-from smlt_tune.backend.store_costs import StoreCosts
+from smlt_tune.backend.store_costs import PaidObjectStore, StoreCosts
 from smlt_tune.backend.task_scheduler import Settings, TaskScheduler
 from smlt_tune.errors import FleetClosed, InvalidInput, SmltError, StoreUnavailable
 from smlt_tune.runtime import keys, wire
@@ -122,10 +122,15 @@ class Fleet:
             self._store = open_parameter_store(url)
             stack.callback(self._store.close)
             self._store.server_id()  # says at once if there is no server or the password is wrong
-            self._platform, self._objects = parts.platform, parts.objects
-            self._history, self._clock = parts.history, clock
-            self._artifacts = ArtifactManager(parts.objects)
+            self._platform, self._clock = parts.platform, clock
+            self._history = parts.history
             self._ledger = Ledger(budget_usd, self._record_entry)
+            self._ledger.restore(Entry(**e.body) for e in parts.known if e.kind == "ledger")
+            self._objects: ObjectStore = parts.objects
+            paid = self._objects_url.startswith("s3:")
+            if paid:
+                self._objects = PaidObjectStore(parts.objects, self._ledger, parts.prices)
+            self._artifacts = ArtifactManager(self._objects)
             self._name = _fleet_name(parts.known) or uuid.uuid4().hex[:12]
             now = clock.monotonic()
             settings = Settings(
@@ -136,6 +141,7 @@ class Fleet:
                 hang_timeout_s=hang_timeout_s,
                 deadline_s=None if deadline_s is None else now + deadline_s,
                 logs=self.path / "logs",
+                paid_requests=paid,
             )
             self._scheduler = TaskScheduler(
                 settings,
@@ -144,7 +150,7 @@ class Fleet:
                 self._ledger,
                 parts.prices,
                 self._store,
-                parts.objects,
+                self._objects,
                 clock,
                 parts.history.append,
                 self._ended,
@@ -328,6 +334,8 @@ class Fleet:
         for thread in self._threads:
             thread.join()
         self._costs.end()
+        if isinstance(self._objects, PaidObjectStore):
+            self._objects.settle()
         try:
             self._store.delete_prefix(keys.FleetKeys(self._name).prefix)
         except SmltError as error:
@@ -375,6 +383,7 @@ class Fleet:
             self._scheduler.stop(state.spec.job_id, "budget")
 
     def _on_events(self, messages: list[tuple[str, bytes]]) -> None:
+        """Handles events once, whoever has read them, then forgets them."""
         for message_id, content in messages:
             time, _, number = message_id.partition("-")
             if (int(time), int(number)) <= self._seen:
@@ -384,6 +393,8 @@ class Fleet:
                 self._scheduler.event(wire.WorkerEvent.decode(content))
             except InvalidInput as error:
                 _LOG.warning("ignored what is no event of a worker: %s", error)
+        if messages:  # not by the listener: what it has read may still wait in the queue
+            self._store.trim(keys.FleetKeys(self._name).events, messages[-1][0])
 
     # --- the listener's thread --------------------------------------------------------------------
 
@@ -404,7 +415,6 @@ class Fleet:
             if messages:
                 after = messages[-1][0]
                 self._queue.put(partial(self._on_events, messages))
-                store.trim(events, after)
 
     # --- history ----------------------------------------------------------------------------------
 
@@ -413,7 +423,6 @@ class Fleet:
 
     def _restore(self, events: list[HistoryEvent]) -> list[tuple[JobState, int]]:
         """Takes over what an earlier client knew; returns the jobs that have to go on."""
-        self._ledger.restore(Entry(**e.body) for e in events if e.kind == "ledger")
         numbers: dict[str, int] = {}
         for event in events:
             if event.kind == "dataset":

@@ -1,11 +1,17 @@
-"""What the parameter store costs while a fleet stands: reserved one billing step ahead."""
+"""What the stores cost a fleet: the parameter store by the hour, the object store by request."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from smlt_tune.backend.ledger import Ledger
 from smlt_tune.backend.prices import Prices
 from smlt_tune.errors import BudgetExhausted
 from smlt_tune.runtime.clock import Clock
+from smlt_tune.runtime.stores.base import Buffer, ObjectStore
+
+#: The client's requests to the object store are reserved in blocks of so many puts and gets.
+BLOCK_REQUESTS = 100
 
 
 class StoreCosts:
@@ -67,3 +73,72 @@ class StoreCosts:
         what = f"the parameter store ({self._row}) for {self._step_s / 3600.0:g} h"
         self._ledger.reserve(name, "", self._step_usd, what)
         self._open, self._ends_s = name, self._clock.monotonic() + self._step_s
+
+
+class PaidObjectStore:
+    """The client's own access to an object store that charges for requests.
+
+    Every request is covered by a reservation before it is made; requests are reserved in blocks.
+    A listing costs as much as a put, a deletion nothing. May be used from several threads.
+
+    Args:
+        inner: The store.
+        ledger: Of the fleet.
+        prices: What requests cost.
+    """
+
+    def __init__(self, inner: ObjectStore, ledger: Ledger, prices: Prices) -> None:
+        self._inner = inner
+        self._ledger = ledger
+        self._prices = prices
+        self._lock = threading.Lock()
+        self._puts = self._gets = 0
+        self._blocks: list[str] = []
+        self._block_usd = prices.object_requests_usd(BLOCK_REQUESTS, BLOCK_REQUESTS)
+        self._first = sum(e.entry_id.startswith("object-store.") for e in ledger.entries())
+
+    @property
+    def url(self) -> str:  # noqa: D102 - the contract stands on the protocol
+        return self._inner.url
+
+    def put(self, key: str, content: Buffer, *, if_absent: bool = False) -> bool:  # noqa: D102
+        self._pay(puts=1)
+        return self._inner.put(key, content, if_absent=if_absent)
+
+    def get(self, key: str) -> bytes:  # noqa: D102
+        self._pay(gets=1)
+        return self._inner.get(key)
+
+    def list(self, prefix: str) -> list[str]:  # noqa: D102
+        self._pay(puts=1)
+        return self._inner.list(prefix)
+
+    def delete(self, keys: Sequence[str]) -> None:  # noqa: D102
+        self._inner.delete(keys)
+
+    def settle(self) -> None:
+        """Books what the requests did cost. The store is not used any more."""
+        with self._lock:
+            rest = self._prices.object_requests_usd(self._puts, self._gets)
+            for name in self._blocks:
+                share = min(rest, self._block_usd)
+                self._ledger.settle(name, share)
+                rest = max(0.0, rest - share)
+            self._blocks.clear()
+
+    def _pay(self, *, puts: int = 0, gets: int = 0) -> None:
+        with self._lock:
+            cost = self._prices.object_requests_usd(self._puts + puts, self._gets + gets)
+            while cost > len(self._blocks) * self._block_usd:
+                name = f"object-store.{self._first + len(self._blocks)}"
+                what = f"{BLOCK_REQUESTS} writes and reads of the object store"
+                self._ledger.reserve(name, "", self._block_usd, what)
+                self._blocks.append(name)
+            self._puts += puts
+            self._gets += gets
+
+
+if TYPE_CHECKING:
+
+    def _conforms(store: PaidObjectStore) -> ObjectStore:
+        return store

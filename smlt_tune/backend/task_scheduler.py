@@ -65,6 +65,12 @@ HANG_FACTOR = 10.0
 MOST_STRIKES = 5
 #: Workers that were told to go are killed after this, in seconds.
 GRACE_S = 10.0
+#: A worker saves a checkpoint at most this often, in seconds.
+CHECKPOINT_S = 0.25
+#: Requests to an object store that charges for them which an invocation may make in any case, ...
+FREE_REQUESTS = 50
+#: ... and how often it may save a checkpoint there, in seconds.
+PAID_CHECKPOINT_S = 5.0
 #: After being throttled, wait this long before the next attempt, in seconds.
 THROTTLE_PAUSE_S = 0.2
 
@@ -79,6 +85,7 @@ class _Call:
     memory_mb: int
     started_s: float
     timeout_s: float
+    requests: list[wire.Requests] = field(default_factory=list)
     alive_s: float | None = None
     hung: bool = False
 
@@ -184,6 +191,7 @@ class Settings:
         hang_timeout_s: Shortest silence that is taken for a hang, seconds.
         deadline_s: When everything has to be over, on the clock's ``monotonic``; None for never.
         logs: Folder for the workers' output.
+        paid_requests: Whether the object store charges for requests.
     """
 
     fleet: str
@@ -193,6 +201,7 @@ class Settings:
     hang_timeout_s: float
     deadline_s: float | None
     logs: Path
+    paid_requests: bool = False
 
 
 class TaskScheduler:
@@ -315,6 +324,11 @@ class TaskScheduler:
             self._reported(job, event)
         if isinstance(event, wire.Saved):
             job.checkpoint = event.checkpoint
+        if isinstance(event, wire.Requests):
+            for of, call in job.calls():
+                who = (of.number, call.rank, call.incarnation)
+                if who == (event.generation, event.rank, event.incarnation):
+                    call.requests.append(event)
         generation = next((g for g in job.generations if g.number == event.generation), None)
         if generation is None or generation.closed or job.ending:
             return
@@ -355,6 +369,7 @@ class TaskScheduler:
         )
         del generation.calls[result.invocation_id]
         usd = self._prices.invocation_usd(call.memory_mb, result.billed_s, result.deliveries)
+        usd += self._requests_usd(call, result)
         self._ledger.settle(result.invocation_id, usd)
         job.peak_mb = max(job.peak_mb, result.peak_mb)
         if result.start_s:
@@ -728,14 +743,36 @@ class TaskScheduler:
     def _worst_usd(self, allocation: Allocation, lease_s: float) -> float:
         """The most that one function of a generation can cost, USD."""
         limits = self._platform.limits
+        puts, gets = self._allowance(lease_s)
         return self._prices.worst_case_usd(
-            allocation.memory_mb, lease_s, limits.deliveries, init_s=limits.init_s
+            allocation.memory_mb,
+            lease_s,
+            limits.deliveries,
+            object_puts=puts * limits.deliveries,
+            object_gets=gets * limits.deliveries,
+            init_s=limits.init_s,
         )
+
+    def _allowance(self, lease_s: float) -> tuple[int, int]:
+        """How many puts and gets of a paid object store one delivery may make."""
+        if not self._settings.paid_requests:
+            return 0, 0
+        return FREE_REQUESTS + int(lease_s / PAID_CHECKPOINT_S), 4 * FREE_REQUESTS
+
+    def _requests_usd(self, call: _Call, result: InvocationResult) -> float:
+        """What an invocation's requests did cost; all it was allowed if it could not say."""
+        puts, gets = (allowed * result.deliveries for allowed in self._allowance(call.timeout_s))
+        if len(call.requests) == result.deliveries:
+            puts = sum(said.puts for said in call.requests)
+            gets = sum(said.gets for said in call.requests)
+        return self._prices.object_requests_usd(puts, gets)
 
     def _spec(
         self, job: _Record, generation: _Generation, rank: int, incarnation: int
     ) -> wire.WorkerSpec:
         spec = job.state.spec
+        puts, gets = self._allowance(generation.lease_s)
+        paid = self._settings.paid_requests
         return wire.WorkerSpec(
             fleet=self._settings.fleet,
             job=job.job_id,
@@ -754,6 +791,9 @@ class TaskScheduler:
             store_options=self._settings.store_options,
             vcpus=self._platform.vcpus(generation.allocation.memory_mb),
             timeout_s=generation.lease_s,
+            checkpoint_s=PAID_CHECKPOINT_S if paid else CHECKPOINT_S,
+            max_puts=puts if paid else None,
+            max_gets=gets if paid else None,
         )
 
     def _lease_s(self, allocation: Allocation) -> float:

@@ -36,9 +36,6 @@ from smlt_tune.runtime.handover import CannotGive, Leave, Membership
 from smlt_tune.runtime.position import Position, entropy
 from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
 
-#: Shortest time between two checkpoints, in seconds.
-MIN_CHECKPOINT_S = 0.25
-
 #: A worker whose time limit is nearer than this (plus a few iterations) asks for a hand-over, s.
 TIME_LIMIT_MARGIN_S = 0.5
 
@@ -531,7 +528,7 @@ class Session:
 
     def _maybe_checkpoint(self) -> None:
         now = self._clock.monotonic()
-        pause = max(MIN_CHECKPOINT_S, self._checkpoint_cost_s / self._spec.checkpoint_share)
+        pause = max(self._spec.checkpoint_s, self._checkpoint_cost_s / self._spec.checkpoint_share)
         if now - self._last_checkpoint_s < pause:
             return
         key = self._save()

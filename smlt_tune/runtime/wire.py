@@ -93,6 +93,9 @@ class WorkerSpec(Message, kind="worker"):
         timeout_s: The platform ends the function after this time.
         progress_s: How often a worker reports where it is.
         checkpoint_share: Largest share of the time that checkpoints may take.
+        checkpoint_s: Shortest time between two regular checkpoints.
+        max_puts: How often it may write to the object store (or list it); None for no limit.
+        max_gets: How often it may read from the object store; None for no limit.
     """
 
     fleet: str
@@ -114,6 +117,9 @@ class WorkerSpec(Message, kind="worker"):
     timeout_s: float
     progress_s: float = 0.2
     checkpoint_share: float = 0.01
+    checkpoint_s: float = 0.25
+    max_puts: int | None = None
+    max_gets: int | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +224,19 @@ class Stuck(WorkerEvent, kind="stuck"):
 
     The generation has to begin again at the last checkpoint.
     """
+
+
+@dataclass(frozen=True)
+class Requests(WorkerEvent, kind="requests"):
+    """What an invocation has asked of an object store that charges for it; told at its end.
+
+    Attributes:
+        puts: Writes and listings.
+        gets: Reads.
+    """
+
+    puts: int
+    gets: int
 
 
 @dataclass(frozen=True)

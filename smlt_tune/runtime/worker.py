@@ -7,13 +7,17 @@ from typing import Any
 
 import cloudpickle
 
-from smlt_tune.errors import ObjectDamaged, StoreError
+from smlt_tune.errors import BudgetExhausted, ObjectDamaged, StoreError
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.aggregator import TTL_S, Superseded
 from smlt_tune.runtime.handover import Leave
 from smlt_tune.runtime.session import Home, Session
 from smlt_tune.runtime.stores.base import ObjectStore
+from smlt_tune.runtime.stores.metered import MeteredObjectStore
 from smlt_tune.runtime.stores.opening import open_object_store, open_parameter_store
+
+#: What another invocation may do better; a worker's allowance of requests is used up, say.
+_WORTH_A_RETRY = (StoreError, BudgetExhausted)
 
 
 def run(payload: bytes) -> None:
@@ -24,23 +28,30 @@ def run(payload: bytes) -> None:
     """
     spec = wire.WorkerSpec.decode(payload)
     parameter_store = open_parameter_store(spec.parameter_store)
+
+    def tell(kind: type[wire.WorkerEvent], **content: Any) -> None:
+        who = (spec.job, spec.generation, spec.rank, spec.incarnation)
+        event = kind(*who, **content).encode()
+        parameter_store.append(keys.FleetKeys(spec.fleet).events, event, ttl_s=TTL_S)
+
+    metered = None
     try:
-        object_store = open_object_store(spec.object_store, spec.store_options)
-        _train(spec, Home(spec, parameter_store, object_store))
+        store = open_object_store(spec.object_store, spec.store_options)
+        metered = MeteredObjectStore(store, max_puts=spec.max_puts, max_gets=spec.max_gets)
+        _train(spec, Home(spec, parameter_store, metered))
     except (Leave, Superseded):
         pass  # what there was to say has been said
     except BaseException as error:  # noqa: BLE001 - the boundary of the process: tell, do not die
-        failed = wire.Failed(
-            job=spec.job,
-            generation=spec.generation,
-            rank=spec.rank,
-            incarnation=spec.incarnation,
+        tell(
+            wire.Failed,
             error=f"{type(error).__name__}: {error}",
             traceback=_users_part(error),
-            retry=isinstance(error, StoreError) and not isinstance(error, ObjectDamaged),
+            retry=isinstance(error, _WORTH_A_RETRY) and not isinstance(error, ObjectDamaged),
         )
-        parameter_store.append(keys.FleetKeys(spec.fleet).events, failed.encode(), ttl_s=TTL_S)
     finally:
+        if metered is not None and spec.max_puts is not None:
+            usage = metered.usage
+            tell(wire.Requests, puts=usage.puts + usage.lists, gets=usage.gets)
         parameter_store.close()
 
 
