@@ -88,6 +88,7 @@ def test_the_demo_runs_and_writes_its_report(tmp_path):
     assert (tmp_path / "small-report" / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_no_process_behind(tmp_path, number, code):
     process = start(tmp_path, epochs=1000)

@@ -29,13 +29,14 @@ _followed: set[str] = set()
 _lock = threading.Lock()
 
 
-def claim(trial: optuna.trial.BaseTrial, fleet: "Fleet") -> str:
+def claim(trial: optuna.trial.BaseTrial, fleet: "Fleet") -> tuple[str, bool]:
     """Records in the trial which job of which fleet it is going to be.
 
     Returns:
-        The name of the job. The same as before for a trial that is run again.
+        The name of the job, the same as before for a trial that is run again; and whether it is.
     """
     known: str | None = trial.user_attrs.get(JOB)
+    again = known is not None
     if known is None:
         study = getattr(trial, "study", None)
         prefix = study.study_name if study is not None else "fixed"
@@ -45,7 +46,7 @@ def claim(trial: optuna.trial.BaseTrial, fleet: "Fleet") -> str:
         trial.set_user_attr(JOB, known)
     with _lock:
         _followed.add(known)
-    return known
+    return known, again
 
 
 def release(name: str) -> None:

@@ -42,6 +42,8 @@ class Follower:
         step: str | None,
         calls: Calls,
         drive: Drive,
+        *,
+        again: bool,
     ) -> None:
         self._trial, self._job, self._metric, self._step = trial, job, metric, step
         self._calls, self._drive = calls, drive
@@ -49,7 +51,7 @@ class Follower:
         study = getattr(trial, "study", None)
         self._single = study is None or len(study.directions) == 1
         self._told: set[int] = set()
-        if study is not None and self._single:
+        if again and study is not None and self._single:
             self._told = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def follow(self, watch: "Callable[[Job, Report | None], None] | None") -> "JobOutcome":

@@ -44,7 +44,9 @@ def optimize(
 
     Trials that an earlier driver of the same fleet left RUNNING when it died are completed first,
     each by running the objective on that very trial: its job is taken up where it is, or by now.
-    They count as trials of this call.
+    They count as trials of this call. That takes a study in a storage that survived and the fleet
+    of that driver, continued with ``Fleet.open``; a trial that had not reached :func:`run` yet
+    stays RUNNING, as in Optuna.
 
     Args:
         study: Any study with any sampler, pruner and storage.

@@ -75,7 +75,7 @@ def run(
     if drive.ending:
         trial.set_user_attr("smlt_stopped", drive.ending)
     drive.admit()
-    claimed = claim(trial, fleet)
+    claimed, again = claim(trial, fleet)
     name = f"{claimed}-{len(calls.names)}" if calls.names else claimed
     calls.names.append(name)
     try:
@@ -84,7 +84,7 @@ def run(
             min_workers=min_workers, max_workers=max_workers, seed=seed, name=name,
         )  # fmt: skip
         with drive.following(job):
-            return Follower(trial, job, metric, step, calls, drive).follow(watch)
+            return Follower(trial, job, metric, step, calls, drive, again=again).follow(watch)
     except BudgetExhausted:
         trial.set_user_attr("smlt_stopped", "budget")
         raise

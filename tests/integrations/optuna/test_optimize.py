@@ -174,7 +174,7 @@ def leave_behind(study, fleet, x=0.25, submit=True):
     """What a driver leaves that dies while a trial runs."""
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
-    name = claim(trial, fleet)
+    name, _ = claim(trial, fleet)
     if submit:
         job = fleet.submit(train, {"x": x}, name=name)
         job.result(5)
@@ -199,7 +199,7 @@ def test_trials_of_a_dead_driver_are_completed_and_none_runs_twice(fleet, storag
 def test_jobs_whose_trial_was_given_up_by_others_are_stopped(fleet):
     study = new_study()
     trial = study.ask()
-    name = claim(trial, fleet)
+    name, _ = claim(trial, fleet)
     job = fleet.submit(endless, {"x": 1}, name=name)
     release(name)
     study.tell(trial, state=TrialState.FAIL)
