@@ -92,6 +92,11 @@ class EmbeddedStore:
         return f"unix://:{self._password}@{self._directory}/socket"
 
     @property
+    def folder(self) -> Path:
+        """A folder that vanishes with the server, however the client ends."""
+        return self._directory
+
+    @property
     def pid(self) -> int:
         """Process id of the server; another one after it died and was started again."""
         return int((self._directory / "pid").read_text())

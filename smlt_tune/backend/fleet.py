@@ -13,7 +13,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,8 @@ _LOG = logging.getLogger(__name__)
 
 #: The scheduler looks at its time-outs this often, in seconds.
 TICK_S = 0.1
+#: How long a new fleet tries to reach its parameter store, in seconds.
+FIRST_TRY_S = 3.0
 #: How long one read of the workers' events blocks, in seconds.
 READ_S = 0.5
 
@@ -103,7 +105,8 @@ class Fleet:
             budget_usd=budget_usd, deadline_s=deadline_s, hang_timeout_s=hang_timeout_s
         )
         with ExitStack() as stack:
-            self.path = _folder(path, stack)
+            embedded = None if parameter_store else stack.enter_context(EmbeddedStore())
+            self.path = _folder(path, embedded, stack)
             self._objects_url = object_store or f"file://{self.path.absolute()}/objects"
             options = dict(store_options or {})
             parts = _Parts.open(
@@ -118,10 +121,11 @@ class Fleet:
                 clock,
                 resume=_resume,
             )
-            url = parameter_store or stack.enter_context(EmbeddedStore()).url
+            url = embedded.url if embedded else str(parameter_store)
+            with closing(open_parameter_store(url, retry_s=FIRST_TRY_S)) as probe:
+                probe.server_id()  # says at once if there is no server or the password is wrong
             self._store = open_parameter_store(url)
             stack.callback(self._store.close)
-            self._store.server_id()  # says at once if there is no server or the password is wrong
             self._platform, self._clock = parts.platform, clock
             self._history = parts.history
             self._ledger = Ledger(budget_usd, self._record_entry)
@@ -529,9 +533,11 @@ def _collected(mistakes: list[str]) -> Iterator[None]:
         mistakes.append(str(error))
 
 
-def _folder(path: str | Path | None, stack: ExitStack) -> Path:
+def _folder(path: str | Path | None, embedded: EmbeddedStore | None, stack: ExitStack) -> Path:
     if path is not None:
         return Path(path)
+    if embedded is not None:
+        return embedded.folder / "fleet"
     folder = Path(tempfile.mkdtemp(prefix="smlt-fleet-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -19,13 +19,18 @@ _OBJECT_STORES = {
 }
 
 
-def open_parameter_store(url: str) -> ParameterStore:
+def open_parameter_store(url: str, *, retry_s: float = 30.0) -> ParameterStore:
     """The parameter store at a URL: ``redis://``, ``rediss://`` or ``unix://``.
+
+    Args:
+        url: Where; may hold a password.
+        retry_s: How long its verbs keep trying to reach the server, seconds.
 
     Raises:
         InvalidInput: The URL is none of those.
     """
-    store: ParameterStore = _opener(url, _PARAMETER_STORES, "parameter store")(url)
+    opener = _opener(url, _PARAMETER_STORES, "parameter store")
+    store: ParameterStore = opener(url, retry_s=retry_s)
     return store
 
 
