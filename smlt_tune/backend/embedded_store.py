@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -112,6 +113,8 @@ class EmbeddedStore:
             return
         assert self._guard.stdin is not None
         assert self._guard.stdout is not None
+        with suppress(OSError, ValueError):  # the guard is gone, or this was done before
+            os.write(self._guard.stdin.fileno(), b".")
         self._guard.stdin.close()
         self._guard.stdout.close()
         try:

@@ -11,8 +11,9 @@ holds the other end of the guard's standard input:
    port, the directory; or ``failed`` and what the server said. It closes standard output;
 3. a server that dies is started again at once, with the same configuration on the same port;
 4. when standard input ends, however the client died, the guard kills the server, removes its
-   directory and exits. Should a forked child of the client hold that pipe open, then the change of
-   the guard's parent says the same, a second later.
+   directory with all that lies in it and exits. Should a forked child of the client hold that pipe
+   open, then the change of the guard's parent says the same, a second later. A client that closes
+   the server in good order writes one more byte first.
 
 The kernel kills the server if the guard itself is killed (Linux).
 """
@@ -20,6 +21,7 @@ The kernel kills the server if the guard itself is killed (Linux).
 import ctypes
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -50,6 +52,7 @@ class Guard:
         self._config = config.format(port=self.port, directory=self.directory)
         self._signals = _signal_pipe()
         self.pid = 0
+        self.orderly = False
 
     def serve(self) -> None:
         """Starts the server, reports, and stays until the client is gone."""
@@ -80,8 +83,10 @@ class Guard:
         readable, _, _ = select.select([0, self._signals], [], [], timeout_s)
         if self._signals in readable and signal.SIGTERM in os.read(self._signals, 64):
             return True
-        if 0 in readable and not os.read(0, 64):
-            return True
+        if 0 in readable:
+            if not os.read(0, 64):
+                return True
+            self.orderly = True  # a client that closes says so before the pipe ends
         return os.getppid() != self._client
 
     def _died(self) -> bool:
@@ -124,9 +129,11 @@ class Guard:
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-        for name in os.listdir(self.directory):
-            os.unlink(f"{self.directory}/{name}")
-        os.rmdir(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        # Functions of a client that died suddenly may still write for a moment.
+        for _ in range(0 if self.orderly else 20):
+            select.select([], [], [], 0.1)
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _become_server(command: list[str], guard: int, config: int, log: int) -> None:

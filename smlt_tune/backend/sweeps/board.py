@@ -220,7 +220,7 @@ def ranked(rows: Sequence[Row], *, maximize: bool) -> list[Row]:
     def place(row: Row) -> tuple[int, float, int]:
         group = 0 if row.state == "finished" else 2 if row.state == "failed" else 1
         value = row.value
-        if value is None or math.isnan(value):
+        if value is None or not math.isfinite(value):
             return (max(group, 1), float("inf"), row.trial)
         return (group, -value if maximize else value, row.trial)
 
@@ -230,4 +230,6 @@ def ranked(rows: Sequence[Row], *, maximize: bool) -> list[Row]:
 def best(rows: Sequence[Row], *, maximize: bool) -> Row | None:
     """The best trial that ran to its end."""
     first = next(iter(ranked(rows, maximize=maximize)), None)
-    return first if first and first.state == "finished" and first.value is not None else None
+    if first is None or first.state != "finished":
+        return None
+    return first if first.value is not None and math.isfinite(first.value) else None

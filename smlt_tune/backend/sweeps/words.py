@@ -13,7 +13,7 @@ def usd(amount: float | None) -> str:
 
 def seconds(duration: float) -> str:
     """``48 s``, ``3:05`` or ``2:03:05``."""
-    if duration < 60:
+    if round(duration) < 60:
         return f"{duration:.0f} s" if duration >= 10 else f"{duration:.1f} s"
     minutes, rest = divmod(round(duration), 60)
     hours, minutes = divmod(minutes, 60)
