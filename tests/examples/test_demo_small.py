@@ -35,11 +35,13 @@ show: [test_accuracy]
 
 def start(folder, epochs):
     (folder / "sweep.yaml").write_text(SWEEP.replace("EPOCHS", str(epochs)))
+    (folder / "tmp").mkdir()
     return subprocess.Popen(
         [sys.executable, "-m", "smlt_tune.cli", "sweep", "sweep.yaml"],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
@@ -76,8 +78,10 @@ def alive(processes):
 
 def test_the_demo_runs_and_writes_its_report(tmp_path):
     process = start(tmp_path, epochs=2)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, out + errors
+    assert errors == ""
+    assert list((tmp_path / "tmp").glob("smlt-*")) == []
     assert "leaderboard" in out
     assert "2 finished" in out
     with (tmp_path / "small-report" / "trials.csv").open() as file:
@@ -101,8 +105,9 @@ def test_a_signal_leaves_no_process_behind(tmp_path, number, code):
     assert len(below) >= 3  # the store, the platform, functions
     # Ctrl-C goes to the whole group of processes that the terminal runs.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == code, "".join(lines) + out
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == code, "".join(lines) + out + errors
+    assert errors == ""
     assert "leaderboard" in out
     assert f"ended by {number.name}" in out
     for _ in range(100):
@@ -110,3 +115,4 @@ def test_a_signal_leaves_no_process_behind(tmp_path, number, code):
             break
         time.sleep(0.1)
     assert alive(below) == {}
+    assert list((tmp_path / "tmp").glob("smlt-*")) == []
