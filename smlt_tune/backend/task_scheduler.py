@@ -518,12 +518,18 @@ class TaskScheduler:
         if event.retry:
             worker.told = event
             return
-        error = TrainingFunctionError(
-            f"job {job.job_id}: the training function raised {event.error} (worker {event.rank})\n"
-            f"{event.traceback}",
-            job_id=job.job_id,
-            worker_traceback=event.traceback,
-        )
+        if event.by_user:
+            error: JobError = TrainingFunctionError(
+                f"job {job.job_id}: the training function raised {event.error} "
+                f"(worker {event.rank})\n{event.traceback}",
+                job_id=job.job_id,
+                worker_traceback=event.traceback,
+            )
+        else:
+            error = JobError(
+                f"job {job.job_id}: worker {event.rank} could not go on: {event.error}",
+                job_id=job.job_id,
+            )
         self._end(job, FAILED, error=error)
 
     # --- losses ---------------------------------------------------------------------------------

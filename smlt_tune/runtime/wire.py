@@ -272,9 +272,11 @@ class Failed(WorkerEvent, kind="failed"):
     Attributes:
         error: Type and message.
         traceback: Formatted traceback.
+        by_user: Whether it was the training function's own error, not that of a store.
         retry: Whether trying again may help (a store that did not answer, say).
     """
 
     error: str
     traceback: str
+    by_user: bool
     retry: bool

@@ -7,7 +7,13 @@ from typing import Any
 
 import cloudpickle
 
-from smlt_tune.errors import BudgetExhausted, ObjectDamaged, StoreError
+from smlt_tune.errors import (
+    BudgetExhausted,
+    ObjectDamaged,
+    ObjectNotFound,
+    StoreError,
+    StoreUnavailable,
+)
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.aggregator import TTL_S, Superseded
 from smlt_tune.runtime.handover import Leave
@@ -15,9 +21,6 @@ from smlt_tune.runtime.session import Home, Session
 from smlt_tune.runtime.stores.base import ObjectStore
 from smlt_tune.runtime.stores.metered import MeteredObjectStore
 from smlt_tune.runtime.stores.opening import open_object_store, open_parameter_store
-
-#: What another invocation may do better; a worker's allowance of requests is used up, say.
-_WORTH_A_RETRY = (StoreError, BudgetExhausted)
 
 
 def run(payload: bytes) -> None:
@@ -46,7 +49,8 @@ def run(payload: bytes) -> None:
             wire.Failed,
             error=f"{type(error).__name__}: {error}",
             traceback=_users_part(error),
-            retry=isinstance(error, _WORTH_A_RETRY) and not isinstance(error, ObjectDamaged),
+            by_user=not isinstance(error, StoreError | BudgetExhausted),
+            retry=isinstance(error, StoreUnavailable | ObjectNotFound | BudgetExhausted),
         )
     finally:
         if metered is not None and spec.max_puts is not None:
