@@ -98,7 +98,7 @@ def train(config):
 
     def timed(name, function):
         """The function, with what it takes added up."""
-        parts[name] = [0.0, 0.0]
+        parts.setdefault(name, [0.0, 0.0])  # each loop has a buffer of its own
 
         def call(*args, **options):
             begun = time.perf_counter(), time.thread_time()
