@@ -112,7 +112,7 @@ class Fleet:
             parts = _Parts.open(
                 mistakes,
                 stack,
-                self.path,
+                None if path is None else self.path,  # what vanishes needs no journal on disk
                 platform,
                 prices,
                 parameter_store_price,
@@ -488,7 +488,7 @@ class _Parts:
         cls,
         mistakes: list[str],
         stack: ExitStack,
-        path: Path,
+        path: Path | None,
         platform: str | Platform,
         prices: str | Path,
         price_row: str,

@@ -163,6 +163,12 @@ class JobState:
             self.error = _ERRORS.get(kind, JobError)(message, job_id=self.spec.job_id)
         self.status = body["status"]
 
+    def add_report(self, report: Report) -> None:
+        """Adds a report and wakes up whoever waits for it."""
+        with self.changed:
+            self.reports.append(report)
+            self.changed.notify_all()
+
     def update(self, **values: Any) -> None:
         """Sets attributes and wakes up whoever waits for a change."""
         with self.changed:

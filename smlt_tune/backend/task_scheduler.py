@@ -442,7 +442,7 @@ class TaskScheduler:
             generation=event.generation,
         )
         self._record("report", job.job_id, vars(report))
-        job.state.update(reports=[*job.state.reports, report])
+        job.state.add_report(report)
 
     def _ready(self, job: _Record, generation: _Generation, worker: _Worker) -> None:
         worker.ready = True

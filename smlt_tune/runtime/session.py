@@ -564,7 +564,9 @@ class Session:
         now = self._clock.monotonic()
         self._slowest_s = max(self._slowest_s, now - self._last_tick_s)
         self._last_tick_s = now
-        if self._home and now - self._last_progress_s >= self._spec.progress_s:
+        # The first iterations are told at once: until then nobody knows what pace to expect.
+        due = self._iterations <= 2 or now - self._last_progress_s >= self._spec.progress_s
+        if self._home and due:
             if self._workers == 1 and self._objects is None:
                 self._membership.asked_to_leave()  # notices a closed generation
             self._sign_of_life(waiting=False)

@@ -115,8 +115,8 @@ class WorkerSpec(Message, kind="worker"):
     store_options: dict[str, str] = field(repr=False)
     vcpus: float
     timeout_s: float
-    progress_s: float = 0.2
-    checkpoint_share: float = 0.01
+    progress_s: float = 0.5
+    checkpoint_share: float = 0.005
     checkpoint_s: float = 0.25
     max_puts: int | None = None
     max_gets: int | None = None

@@ -187,6 +187,9 @@ class LocalPlatform:
                 execution = self._executions.get(invocation_id)
                 numbers = sorted(execution.running) if execution else []
                 helper = self._helper
+                if not self._ready:  # the helper still preloads and has started nothing yet
+                    for number in numbers:
+                        self._on_ended(_never_ran(number, "cancelled", "cancelled before it ran"))
             if helper is not None:
                 for number in numbers:
                     _send(helper, {"do": "cancel", "delivery": number})
@@ -257,6 +260,8 @@ class LocalPlatform:
             with self._lock:
                 if event["event"] == "ready":
                     self._ready = True
+                elif event["delivery"] not in self._deliveries:
+                    pass  # cancelled before the helper was ready: that was told already
                 elif event["event"] == "running":
                     self._deliveries[event["delivery"]].started = self._clock.monotonic()
                 else:
@@ -277,19 +282,13 @@ class LocalPlatform:
 
     def _on_lost(self, number: int, how: str) -> None:
         started = self._deliveries[number].started
-        self._on_ended(
-            {
-                "delivery": number,
-                "ending": "cancelled" if self._closed else "crashed",
-                "detail": "the platform was closed"
-                if self._closed
-                else f"the helper process that runs functions died ({how})",
-                "cold": True,
-                "wall_s": 0.0 if started is None else self._clock.monotonic() - started,
-                "cpu_s": 0.0,
-                "peak_mb": 0.0,
-            }
-        )
+        if self._closed:
+            lost = _never_ran(number, "cancelled", "the platform was closed")
+        else:
+            detail = f"the helper process that runs functions died ({how})"
+            lost = _never_ran(number, "crashed", detail)
+        wall_s = 0.0 if started is None else self._clock.monotonic() - started
+        self._on_ended({**lost, "wall_s": wall_s})
 
     def _on_ended(self, event: dict[str, Any]) -> None:
         delivery = self._deliveries.pop(event["delivery"])
@@ -363,6 +362,19 @@ def _together(results: list[InvocationResult]) -> InvocationResult:
         cpu_s=sum(r.cpu_s for r in results),
         detail=told.detail,
     )
+
+
+def _never_ran(number: int, ending: str, detail: str) -> dict[str, Any]:
+    """What the helper would say of a delivery that used nothing."""
+    return {
+        "delivery": number,
+        "ending": ending,
+        "detail": detail,
+        "cold": True,
+        "wall_s": 0.0,
+        "cpu_s": 0.0,
+        "peak_mb": 0.0,
+    }
 
 
 def _send(helper: Helper, message: channel.Message, payload: bytes = b"") -> None:
