@@ -61,6 +61,8 @@ USEFUL_LEASE_S = 20.0
 START_TIMEOUT_S = 120.0
 #: A worker is taken for hung after this many times its slowest iteration.
 HANG_FACTOR = 10.0
+#: Workers give signs of life at least this often, in seconds, busy or waiting.
+SIGNS_S = 1.0
 #: Losses in a row without any progress after which a job fails.
 MOST_STRIKES = 5
 #: Workers that were told to go are killed after this, in seconds.
@@ -625,6 +627,7 @@ class TaskScheduler:
                 bound = START_TIMEOUT_S
                 if worker.slowest_s:
                     bound = max(self._settings.hang_timeout_s, HANG_FACTOR * worker.slowest_s)
+                    bound += SIGNS_S
                 if now - worker.sign_s > bound:
                     call.hung = True
                     self._cancel(call)

@@ -19,7 +19,7 @@ from smlt_tune.runtime.keys import FleetKeys
 from smlt_tune.runtime.stores.base import ParameterStore
 
 #: A waiting worker gives a sign of life this often, in seconds.
-SIGN_OF_LIFE_S = 1.0
+SIGN_OF_LIFE_S = 0.5
 
 #: How long leaving workers wait for rank 0's checkpoint before they save one themselves, seconds.
 LAST_WORD_S = 5.0
