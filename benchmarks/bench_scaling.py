@@ -157,17 +157,16 @@ def draw(cases, facts, cores_per_vcpu):
     left.set_title("Speed-up", loc="left")
     left.legend()
     right.set_xscale("log")
-    right.set_yscale("log")
-    for axis in (right.xaxis, right.yaxis):
-        axis.set_major_locator(_locator())
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("")
+    right.xaxis.set_major_locator(_locator())
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("")
+    right.set_ylim(0)
     right.set_xlabel("one iteration, s (median)")
     right.set_ylabel("cost of one iteration, GB-s")
     right.set_title(
         f"Time against cost, by workers (1 vCPU = {cores_per_vcpu:.2f} core)", loc="left"
     )
-    right.legend()
+    right.legend(loc="lower left")
     common.save_figure(fig, "scaling", facts)
 
 

@@ -182,10 +182,10 @@ def measure():
 
 def draw(starts, facts):
     """Bars on a logarithmic axis."""
-    order = ["warm", "cold", "job", "new", "fresh"]
+    groups = ("warm", "cold", "job, warm", "job, cold", "new platform", "fresh interpreter")
     names = sorted(
-        starts, key=lambda n: (n.startswith(("job", "new", "fresh")), order.index(_group(n)), n)
-    )[::-1]
+        starts, key=lambda n: groups.index(n if n in groups else n.partition(", ")[2]), reverse=True
+    )
     fig, axis = common.figure(figsize=(8, 0.45 * len(names) + 1.6))
     for offset, key, label, colour in (
         (0.19, "code_ms", "to the function's code (torch is loaded)", common.COLOURS[0]),
@@ -197,16 +197,13 @@ def draw(starts, facts):
         axis.bar_label(bars, [f" {v:,.0f}" if v >= 10 else f" {v:.1f}" for v in values], fontsize=8)
     axis.set_yticks(range(len(names)), [_words(n) for n in names])
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:,g}")
     axis.grid(visible=False, axis="y")
     axis.margins(x=0.12)
     axis.set_xlabel("milliseconds from the call (median)")
     axis.set_title("Start of one worker", loc="left")
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.45, 1.06), ncols=2)
     common.save_figure(fig, "start", facts)
-
-
-def _group(name):
-    return next(g for g in ("job", "new", "fresh", "warm", "cold") if g in name)
 
 
 def _words(name):

@@ -271,6 +271,8 @@ def _case(workers, size_mb, name, case):
 
 def draw(cases, facts):
     """Time by way: one panel per size; and bytes for the largest number of workers."""
+    from matplotlib.ticker import LogLocator
+
     fig, axes = common.figure(1, len(SIZES_MB) + 1, figsize=(3.6 * (len(SIZES_MB) + 1), 4.4))
     for axis, size_mb in zip(axes, SIZES_MB, strict=False):
         for k, name in enumerate(WAYS):
@@ -287,25 +289,32 @@ def draw(cases, facts):
         axis.set_yscale("log")
         axis.set_xscale("log", base=2)
         axis.set_xticks(WORKERS, WORKERS)
-        axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.xaxis.set_minor_formatter("")
         axis.set_xlabel("workers")
         axis.set_title(f"{size_mb} MB", loc="left")
     axes[0].set_ylabel("one synchronisation, ms (median)")
     axes[0].legend(fontsize=8, loc="upper left")
     low, high = axes[0].get_ylim()
-    axes[0].set_ylim(low, high * 6)
+    axes[0].set_ylim(low, high * 4)
     last, n = axes[-1], max(WORKERS)
     for k, name in enumerate(w for w in WAYS if w != "gloo"):
         points = [c for c in cases if c["way"] == name and c["size_mb"] == max(SIZES_MB)]
         moved = [c["uploaded_gradients"] + c["downloaded_gradients"] for c in points]
-        last.plot([c["workers"] for c in points], moved, "o", color=common.COLOURS[k])
+        size = (11, 8, 5, 8)[k]  # three coincide
+        last.plot(
+            [c["workers"] for c in points], moved, "o", color=common.COLOURS[k], markersize=size
+        )
         counts = np.linspace(2, n, 50)
-        last.plot(counts, [sum(formula(name, c)) for c in counts], color=common.COLOURS[k])
+        expected = [sum(formula(name, c)) for c in counts]
+        last.plot(counts, expected, color=common.COLOURS[k], linewidth=(4, 2.5, 1, 1.5)[k])
     last.set_xticks(WORKERS)
     last.set_ylim(0)
     last.set_xlabel("workers")
     last.set_ylabel("bytes up and down per worker, in gradients")
-    last.set_title("Measured (dots), expected (lines)", loc="left")
+    last.set_title("Bytes: measured (dots), expected", loc="left")
     common.save_figure(fig, "sync", facts)
 
 
