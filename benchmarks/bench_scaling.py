@@ -160,7 +160,7 @@ def draw(cases, facts, cores_per_vcpu):
     right.xaxis.set_major_locator(_locator())
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_formatter("")
-    right.set_ylim(0)
+    right.set_ylim(0, right.get_ylim()[1] * 1.06)
     right.set_xlabel("one iteration, s (median)")
     right.set_ylabel("cost of one iteration, GB-s")
     right.set_title(

@@ -7,6 +7,7 @@ can be written to the history wait in the queue; how long one takes that does no
 pauses between them.
 """
 
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -104,10 +105,10 @@ def draw(reports, jobs, idle, facts):
             bottom += value * 1e3
         axis.text(place, bottom, f"{bottom:.3g}", ha="center", va="bottom", fontsize=9)
 
-    for place, (count, case) in enumerate(reports.items()):
-        parts = {name: s / int(count) * 1000 for name, s in case["threads_s"].items()}
+    for place, (count, case) in enumerate(reports.values()):
+        parts = {name: s / count * 1000 for name, s in case["threads_s"].items()}
         stack(left, place, parts, place == 0)
-    left.set_xticks(range(len(reports)), [f"{int(c):,}" for c in reports])
+    left.set_xticks(range(len(reports)), reports)
     left.set_xlabel("reports of the job")
     left.set_ylabel("CPU time per 1,000 reports, ms")
     left.set_title("Reports", loc="left")
@@ -137,8 +138,9 @@ def middle(rounds):
 
 def main():
     facts = common.machine()
-    reports, jobs, paced = {count: [] for count in COUNTS}, [], []
+    reports, jobs, paced, kept = {count: [] for count in COUNTS}, [], [], []
     with (
+        tempfile.TemporaryDirectory() as folder,
         LocalPlatform(concurrency=2, cores_per_vcpu=0.8) as platform,
         smlt.Fleet(platform=platform) as fleet,
     ):
@@ -147,11 +149,15 @@ def main():
         for _ in range(ROUNDS):
             for count in COUNTS:
                 reports[count].append(measured(lambda n=count: follow(fleet, n)))
+            with smlt.Fleet(platform=platform, path=f"{folder}/{len(kept)}") as durable:
+                start_many(durable, 1)
+                kept.append(measured(lambda f=durable: follow(f, COUNTS[0])))
             paced.append(measured(lambda: follow(fleet, COUNTS[0] // 10, 0.02)))
             jobs.append(measured(lambda: start_many(fleet, JOBS)))
     result = {
         "reports": {str(count): middle(rounds) for count, rounds in reports.items()},
         "paced_reports": {"count": COUNTS[0] // 10, "pause_s": 0.02, **middle(paced)},
+        "reports_kept_on_disk": {"count": COUNTS[0], **middle(kept)},
         "jobs": {"count": JOBS, **middle(jobs)},
         "idle": {"seconds": IDLE_S, **middle([idle])},
     }
@@ -160,7 +166,9 @@ def main():
         case["cpu_s_per_1000_reports"] = round(per_thousand, 5)
     result["jobs"]["cpu_s_per_job"] = round(result["jobs"]["cpu_s"]["median"] / JOBS, 5)
     common.save("scheduler", facts, result)
-    draw(result["reports"], result["jobs"], result["idle"], facts)
+    pictured = {f"{int(count):,}": (int(count), c) for count, c in result["reports"].items()}
+    pictured[f"{COUNTS[0]:,}\n(fleet on disk)"] = (COUNTS[0], result["reports_kept_on_disk"])
+    draw(pictured, result["jobs"], result["idle"], facts)
     rows = [
         (
             f"{int(count):,} reports",
@@ -170,17 +178,19 @@ def main():
         )
         for count, case in result["reports"].items()
     ]
-    slow = result["paced_reports"]
-    each = slow["cpu_s"]["median"] / slow["count"] * 1e6
-    wall_s, delay_ms = slow["wall_s"]["median"], slow["delay_ms"]["median"]
-    rows.append(
-        (
-            f"{slow['count']}, one every 20 ms",
-            f"{each:.0f} ms / 1,000",
-            f"{wall_s:.2f}",
-            f"{delay_ms:.1f}",
+    for key, words in (
+        ("reports_kept_on_disk", "reports, fleet kept on disk"),
+        ("paced_reports", "reports, one every 20 ms"),
+    ):
+        case = result[key]
+        rows.append(
+            (
+                f"{case['count']:,} {words}",
+                f"{case['cpu_s']['median'] / case['count'] * 1e6:.0f} ms / 1,000",
+                f"{case['wall_s']['median']:.2f}",
+                f"{case['delay_ms']['median']:.1f}",
+            )
         )
-    )
     each = result["jobs"]["cpu_s_per_job"] * 1e3
     rows.append((f"{JOBS} jobs", f"{each:.1f} ms / job", f"{jobs[0]['wall_s']:.2f}", ""))
     rows.append(("idle", f"{idle['cpu_s'] / IDLE_S * 1e3:.1f} ms / s", f"{IDLE_S:.2f}", ""))
