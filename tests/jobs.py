@@ -90,7 +90,7 @@ def train(config):
         model.train()
         for x, y, i in session.batches((x_all, y_all, ids), batch_size=config.get("batch", 50)):
             note(config, f"saw {epoch} {' '.join(map(str, i.tolist()))}")
-            noise = random.random() + np.random.rand() + float(torch.rand(()))
+            noise = random.random() + np.random.rand() + float(torch.rand(()))  # noqa: NPY002
             time.sleep(config.get("pause", 0.0))
             loss = F.cross_entropy(model(x + 0.1 * noise * torch.randn_like(x)), y)
             optimizer.zero_grad()
