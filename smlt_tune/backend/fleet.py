@@ -123,7 +123,8 @@ class Fleet:
             )
             url = embedded.url if embedded else str(parameter_store)
             with closing(open_parameter_store(url, retry_s=FIRST_TRY_S)) as probe:
-                probe.server_id()  # says at once if there is no server or the password is wrong
+                # Says at once if there is no server or the password is wrong.
+                self._server = probe.server_id()
             self._store = open_parameter_store(url)
             stack.callback(self._store.close)
             self._platform, self._clock = parts.platform, clock
@@ -357,6 +358,8 @@ class Fleet:
                 self._guarded(self._tick)
             with suppress(queue.Empty):
                 self._guarded(self._queue.get(timeout=max(0.0, next_tick_s - now)))
+        with suppress(SmltError):  # wakes the listener up, which then ends too
+            self._store.append(keys.FleetKeys(self._name).events, b"", ttl_s=READ_S)
 
     def _tick(self) -> None:
         self._costs.tick()
@@ -403,18 +406,16 @@ class Fleet:
     # --- the listener's thread --------------------------------------------------------------------
 
     def _listen(self) -> None:
-        store = self._store
-        events = keys.FleetKeys(self._name).events
-        server, after = store.server_id(), "0"
+        events, after = keys.FleetKeys(self._name).events, "0"
         while self._threads[0].is_alive():
             try:
-                messages = store.read(events, after, timeout_s=READ_S)
-                now_server = store.server_id()
-            except StoreUnavailable as error:
+                messages = self._store.read(events, after, timeout_s=READ_S)
+                server = self._store.server_id()
+            except SmltError as error:
                 self._queue.put(partial(self._scheduler.abandon, error))
                 continue
-            if now_server != server:
-                server = now_server
+            if server != self._server:
+                self._server = server
                 self._queue.put(self._scheduler.store_lost)
             if messages:
                 after = messages[-1][0]

@@ -12,6 +12,7 @@ import smlt_tune as smlt
 from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.backend.platforms.local import LocalPlatform
 from tests import jobs
+from tests.contracts.faulty_s3 import faulty_s3
 
 PAUSE_S = 0.04
 ALL = list(range(500))
@@ -190,6 +191,19 @@ def test_a_parameter_store_that_is_killed_and_comes_back_empty(
         outcome = job.result(120)
     same(outcome, undisturbed[workers])
     assert len(outcome.allocations) >= 2
+
+
+@pytest.mark.parametrize("fault", ["SlowDown", "InternalError", "truncate", "reset"])
+def test_an_object_store_that_fails_now_and_then(platform, tmp_path, undisturbed, fault):
+    with faulty_s3() as server:
+        options = {"endpoint_url": server.url, "access_key": "id", "secret_key": "secret"}
+        with smlt.Fleet(
+            platform=platform, object_store="s3://bucket/jobs", store_options=options
+        ) as fleet:
+            server.faults += [fault, "", fault, fault, "", fault] * 5
+            job = fleet.submit(jobs.train, config(tmp_path), workers=2)
+            same(job.result(120), undisturbed[2])
+            assert len(server.faults) < 30  # some of them happened
 
 
 def test_a_worker_that_hangs_is_replaced(platform, tmp_path, undisturbed):

@@ -1,13 +1,7 @@
-import http.server
 import sys
-import threading
 import uuid
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import parse_qs, unquote, urlsplit
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 import pytest
 
@@ -21,6 +15,7 @@ from smlt_tune.errors import (
 )
 from smlt_tune.runtime.stores.opening import open_object_store
 from smlt_tune.runtime.stores.s3 import S3Store
+from tests.contracts.faulty_s3 import FaultyHandler, faulty_s3
 from tests.contracts.object_store import ObjectStoreContract
 
 pytest.importorskip("boto3")
@@ -108,138 +103,14 @@ class FakeClock:
         self.now += seconds
 
 
-class FaultyServer(http.server.ThreadingHTTPServer):
-    """Keeps objects in memory and fails as told: ``faults`` holds one name for each request."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.objects = {}
-        self.faults = []
-        self.requests = Counter()
-        self.released = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args):
-        pass
-
-    def _serve(self):
-        self.server.requests[self.command] += 1
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.server.faults.pop(0) if self.server.faults else ""
-        if fault == "hang":
-            self.server.released.wait()
-        elif fault == "reset":
-            self.close_connection = True
-        elif fault in ERRORS:
-            self._error(ERRORS[fault], fault)
-        else:
-            self._answer(body, fault)
-
-    do_GET = do_HEAD = do_PUT = do_POST = _serve
-
-    def _answer(self, body, fault):
-        parts = urlsplit(self.path)
-        key = unquote(parts.path)
-        if self.command == "PUT":
-            self._put(key, body, fault)
-        elif self.command == "POST":
-            self._delete(body, fault)
-        elif "list-type" in parts.query:
-            self._list(parse_qs(parts.query)["prefix"][0])
-        elif key not in self.server.objects:
-            self._error(404, "NoSuchKey")
-        else:
-            content, metadata = self.server.objects[key]
-            self._send(200, content, metadata, fault)
-
-    def _put(self, key, body, fault):
-        if self.headers.get("If-None-Match") and key in self.server.objects:
-            self._error(412, "PreconditionFailed")
-            return
-        metadata = {n: v for n, v in self.headers.items() if n.lower().startswith("x-amz-meta-")}
-        self.server.objects[key] = body, metadata
-        if fault == "answer lost":
-            self.close_connection = True
-        else:
-            self._send(200, b"")
-
-    def _delete(self, body, fault):
-        names = [e.text for e in ElementTree.fromstring(body).iter() if e.tag.endswith("Key")]
-        errors = ""
-        for i, name in enumerate(names):
-            if fault and i % 2:
-                errors += (
-                    f"<Error><Key>{name}</Key><Code>{fault}</Code><Message>m</Message></Error>"
-                )
-            else:
-                self.server.objects.pop(f"/bucket/{name}", None)
-        self._send(200, f"<DeleteResult>{errors}</DeleteResult>".encode())
-
-    def _list(self, prefix):
-        names = sorted(key.removeprefix("/bucket/") for key in self.server.objects)
-        contents = "".join(
-            f"<Contents><Key>{escape(name)}</Key></Contents>"
-            for name in names
-            if name.startswith(prefix)
-        )
-        self._send(200, f"<ListBucketResult>{contents}</ListBucketResult>".encode())
-
-    def _error(self, status, code):
-        body = f"<Error><Code>{code}</Code><Message>told to</Message></Error>".encode()
-        self._send(status, b"" if self.command == "HEAD" else body)
-
-    def _send(self, status, content, headers=None, fault=""):
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if fault == "truncate":
-            content, self.close_connection = content[: len(content) // 2], True
-        elif fault == "damage":
-            content = bytes([content[0] ^ 1]) + content[1:]
-        self.wfile.write(content)
-
-
-ERRORS = {
-    "SlowDown": 503,
-    "ServiceUnavailable": 503,
-    "InternalError": 500,
-    "RequestTimeout": 400,
-    "ConditionalRequestConflict": 409,
-    "TooManyRequests": 429,
-    "NoSuchBucket": 404,
-    "AccessDenied": 403,
-    "RequestTimeTooSkewed": 403,
-    "AuthorizationHeaderMalformed": 400,
-    "InsufficientStorage": 507,
-    "XMinioStorageFull": 507,
-    "NotImplemented": 501,
-    "MalformedXML": 400,
-}
 PASSING = ["SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "TooManyRequests"]
 PASSING += ["ConditionalRequestConflict", "reset", "hang"]
 
 
 @pytest.fixture
 def server():
-    server = FaultyServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with faulty_s3() as server:
+        yield server
 
 
 @pytest.fixture
@@ -364,24 +235,24 @@ def test_what_was_not_deleted_is_deleted_again(server, store, fault):
         store.put(key, b"")
     server.faults += [""]
     assert store.list("") == keys
-    original = _Handler._delete
+    original = FaultyHandler._delete
     faults = [fault, fault]
     try:
-        _Handler._delete = lambda self, body, _: original(
+        FaultyHandler._delete = lambda self, body, _: original(
             self, body, faults.pop() if faults else ""
         )
         store.delete(keys)
     finally:
-        _Handler._delete = original
+        FaultyHandler._delete = original
     assert store.list("") == []
 
 
 def test_a_missing_permission_to_delete_is_told_at_once(server, store, clock, monkeypatch):
     store.put("a", b"")
     store.put("b", b"")
-    original = _Handler._delete
+    original = FaultyHandler._delete
     monkeypatch.setattr(
-        _Handler, "_delete", lambda self, body, _: original(self, body, "AccessDenied")
+        FaultyHandler, "_delete", lambda self, body, _: original(self, body, "AccessDenied")
     )
     with pytest.raises(InvalidInput, match="the credentials must allow s3:DeleteObject"):
         store.delete(["a", "b"])
