@@ -8,7 +8,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,9 +124,9 @@ def _run(sweep: "Sweep", out: Path) -> int:
     from smlt_tune.integrations.optuna.sweeps import run_sweep
 
     ended: Exception | Stopped | None = None
-    with _Signals() as signals:
+    with _Signals() as signals, closing(sweep.open_platform()) as platform:
         fleet = Fleet(
-            platform=sweep.open_platform(),
+            platform=platform,
             budget_usd=sweep.budget_usd,
             deadline_s=sweep.deadline_s,
         )

@@ -110,7 +110,7 @@ class Sweep:
         return self.direction == "maximize"
 
     def open_platform(self) -> Platform:
-        """The platform; the fleet that gets it closes it.
+        """The platform, for whoever asks to close.
 
         Raises:
             InvalidInput: It refuses its options.
