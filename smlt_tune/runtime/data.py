@@ -123,10 +123,20 @@ def minibatch_buffer(dataset: Any, native: Callable[[Any], Any]) -> Fetch:
     if isinstance(dataset, UploadedDataset):
         return lambda indices: _map(native, dataset.take(indices))
     if _is_array(dataset):
-        return lambda indices: native(dataset[indices])
+        return lambda indices: native(_rows(dataset, indices))
     if isinstance(dataset, tuple | list) and all(_is_array(a) for a in dataset):
-        return lambda indices: tuple(native(array[indices]) for array in dataset)
+        return lambda indices: tuple(native(_rows(array, indices)) for array in dataset)
     return lambda indices: _collate([dataset[int(i)] for i in indices], native)
+
+
+def _rows(array: Any, indices: Indices) -> Any:
+    """Some rows; for tensors by ``index_select``, several times as fast as by ``[]`` with numpy."""
+    select = getattr(array, "index_select", None)
+    if select is None:
+        return array[indices]
+    from torch import from_numpy
+
+    return select(0, from_numpy(indices))
 
 
 def _is_array(value: Any) -> bool:
