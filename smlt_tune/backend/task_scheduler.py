@@ -30,15 +30,23 @@ from smlt_tune.backend.job import (
     Report,
 )
 from smlt_tune.backend.ledger import Ledger
-from smlt_tune.backend.platforms.base import Cancels, Invocation, InvocationResult, Platform
+from smlt_tune.backend.platforms.base import (
+    Cancels,
+    Invocation,
+    InvocationResult,
+    Platform,
+    PlatformLimits,
+)
 from smlt_tune.backend.prices import Prices
 from smlt_tune.backend.resource_manager.policy import Allocation, AllocationPolicy, JobFacts
 from smlt_tune.errors import (
     BudgetExhausted,
     FunctionLost,
+    InvalidInput,
     JobError,
     OutOfMemory,
     PlatformError,
+    StoreError,
     StoreUnavailable,
     Throttled,
     TrainingFunctionError,
@@ -98,6 +106,7 @@ class _Worker:
 
     rank: int
     incarnation: int = -1
+    joining: bool = False
     ready: bool = False
     begun: bool = False
     gone: bool = False
@@ -122,8 +131,15 @@ class _Generation:
     left: bool = False
     closed: bool = False
     closed_s: float = 0.0
-    finished: dict[int, wire.Finished] = field(default_factory=dict)
     progress: wire.Progress | None = None
+
+    @property
+    def stranded(self) -> bool:
+        """Whether only replacements are left, which nobody can give the state any more."""
+        return self.started and all(
+            w.gone or (not w.begun and (w.joining or w.rank in self.to_invoke))
+            for w in self.workers
+        )
 
     def ends_s(self) -> float:
         """When the first of its functions reaches its time limit."""
@@ -153,6 +169,7 @@ class _Record:
     position: str = ""
     strikes: int = 0
     strike_position: str = ""
+    struck: frozenset[str] = frozenset()
     peak_mb: float = 0.0
     checkpoint: str | None = None
     ending: str = ""
@@ -175,9 +192,18 @@ class _Record:
         live = [g for g in self.generations if not g.closed and not g.left]
         return live[1] if len(live) > 1 else None
 
+    @property
+    def heading_for(self) -> Allocation | None:
+        """The allocation that the job is on its way to, or has; None before the first."""
+        if self.resize_to is not None:
+            return self.resize_to
+        newest = self.plan or self.following or self.current
+        return newest.allocation if newest else self.state.allocation
+
     def calls(self) -> Iterable[tuple[_Generation, _Call]]:
-        for generation in self.generations:
-            for call in generation.calls.values():
+        """May be read while the scheduler's thread goes on: works on copies."""
+        for generation in list(self.generations):
+            for call in list(generation.calls.values()):
                 yield generation, call
 
 
@@ -268,8 +294,12 @@ class TaskScheduler:
         job = _Record(state, next_number=next_number)
         self._jobs[job.job_id] = self._active[job.job_id] = job
         allocation = self._policy.first(self._facts(job))
-        start = wire.Start(self._checkpoints(job).latest() if next_number else None)
-        self._plan(job, allocation, "resumed" if next_number else "first", start)
+        names = [self._keys.generation(job.job_id, n).open for n in range(next_number)]
+        if names:  # functions that have outlived an earlier client
+            self._forget(partial(self._store.delete, names))
+            self._plan_from_checkpoint(job, allocation, "resumed")
+        else:
+            self._plan(job, allocation, "first", wire.Start(None))
         self._admit()
 
     def stop(self, job_id: str, reason: str) -> None:
@@ -283,7 +313,7 @@ class TaskScheduler:
         job = self._active.get(job_id)
         if job is None or job.ending:
             return
-        base = job.resize_to or job.state.allocation or self._policy.first(self._facts(job))
+        base = job.heading_for or self._policy.first(self._facts(job))
         wanted = replace(
             base, workers=workers or base.workers, memory_mb=memory_mb or base.memory_mb
         )
@@ -292,7 +322,7 @@ class TaskScheduler:
             bounds, workers=workers or bounds.workers, memory_mb=memory_mb or bounds.memory_mb
         )
         job.state.spec = replace(job.state.spec, bounds=pins)
-        if job.plan and not job.plan.start and not job.generations:
+        if job.plan and job.current is None:
             job.plan = replace(job.plan, allocation=wanted)
         else:
             job.resize_to = wanted
@@ -344,7 +374,10 @@ class TaskScheduler:
     def _heard(
         self, job: _Record, generation: _Generation, worker: _Worker, event: wire.WorkerEvent
     ) -> None:
+        late = event.incarnation != worker.incarnation
         match event:
+            case wire.Ready() | wire.Progress() if late:
+                pass  # says nothing about the replacement
             case wire.Ready():
                 self._ready(job, generation, worker)
             case wire.Progress():
@@ -392,13 +425,12 @@ class TaskScheduler:
         others = [c for c in generation.calls.values() if c.rank == call.rank]
         if not (job.ending or generation.closed or generation.left or worker.gone or others):
             self._lost(job, generation, worker, call, result)
-        elif generation.finished and not generation.calls and not job.ending:
-            self._complete(job, generation)
         self._sweep(job)
         self._admit()
 
     def store_lost(self) -> None:
         """The parameter store was restarted: everything in it is gone."""
+        self._store_is_gone = False
         for job in list(self._active.values()):
             if not job.ending and job.generations:
                 self._roll_back(job, "the parameter store was restarted", strike=False)
@@ -432,15 +464,16 @@ class TaskScheduler:
     def _reported(self, job: _Record, event: wire.Reported) -> None:
         if event.index != len(job.state.reports):
             return
-        allocation = job.state.allocation
-        assert allocation is not None
+        of = next((a for a in job.state.allocations if a.generation == event.generation), None)
+        if of is None:
+            return
         report = Report(
             index=event.index,
             metrics=event.metrics,
             cost_usd=self.cost_usd(job.job_id),
             time_s=self._elapsed_s(job),
-            workers=allocation.workers,
-            memory_mb=allocation.memory_mb,
+            workers=of.workers,
+            memory_mb=of.memory_mb,
             generation=event.generation,
         )
         self._record("report", job.job_id, vars(report))
@@ -481,6 +514,7 @@ class TaskScheduler:
         following = job.following
         generation.left = True
         generation.closed_s = self._clock.monotonic()
+        self._invoke_no_more(generation)
         job.checkpoint = checkpoint
         start = wire.Start(checkpoint)
         if following is not None:
@@ -496,12 +530,12 @@ class TaskScheduler:
             self._plan(job, allocation, reason, start)
 
     def _finished(self, job: _Record, generation: _Generation, event: wire.Finished) -> None:
-        generation.finished[event.rank] = event
         if event.rank == 0:
-            self._complete(job, generation)
+            self._complete(job, generation, event)
+        elif generation.stranded:
+            self._roll_back(job, "its last survivor has finished", strike=False)
 
-    def _complete(self, job: _Record, generation: _Generation) -> None:
-        last = generation.finished[min(generation.finished)]
+    def _complete(self, job: _Record, generation: _Generation, last: wire.Finished) -> None:
         for index, metrics in enumerate(last.reports):
             said = wire.Reported(
                 job=job.job_id,
@@ -554,7 +588,7 @@ class TaskScheduler:
             return
         if generation.to_invoke and worker.rank in generation.to_invoke:
             return
-        if self._strike(job, what):
+        if call.invocation_id not in job.struck and self._strike(job, what):
             return
         begun = any(w.begun and not w.gone and w is not worker for w in generation.workers)
         if generation.started and not begun:
@@ -566,7 +600,11 @@ class TaskScheduler:
         self._invoke_rest(job, self._clock.monotonic())
 
     def _strike(self, job: _Record, what: str) -> bool:
-        """Counts losses without progress; ends the job after too many."""
+        """Counts losses without progress; ends the job after too many.
+
+        Whoever was running at a loss may have been hit by the same: it does not count once more.
+        """
+        job.struck = frozenset(c.invocation_id for _, c in job.calls())
         fresh = job.position > job.strike_position
         job.strikes = 1 if fresh else job.strikes + 1
         job.strike_position = max(job.position, job.strike_position)
@@ -585,8 +623,12 @@ class TaskScheduler:
     def _out_of_memory(
         self, job: _Record, generation: _Generation, result: InvocationResult
     ) -> None:
-        larger = self._policy.after_out_of_memory(self._facts(job), result.peak_mb)
         limit_mb = generation.allocation.memory_mb
+        wanted = job.heading_for or generation.allocation
+        larger: Allocation | None = wanted
+        if wanted.memory_mb <= limit_mb:
+            facts = replace(self._facts(job), allocation=replace(wanted, memory_mb=limit_mb))
+            larger = self._policy.after_out_of_memory(facts, result.peak_mb)
         if larger is not None:
             self._roll_back(job, f"out of memory at {limit_mb} MB", allocation=larger, strike=False)
             return
@@ -606,14 +648,13 @@ class TaskScheduler:
         """Nobody has the newest state any more: begin again at the last checkpoint."""
         if strike and self._strike(job, why):
             return
-        current = job.current
-        wanted = allocation or job.resize_to or (current.allocation if current else None)
+        wanted = allocation or job.heading_for or self._policy.first(self._facts(job))
         job.resize_to = None
         for generation in job.generations:
             self._close(job, generation)
-        if wanted is None:
-            wanted = job.plan.allocation if job.plan else self._policy.first(self._facts(job))
-        self._plan(job, wanted, why, wire.Start(self._checkpoints(job).latest()))
+        if job.ending:
+            return
+        self._plan_from_checkpoint(job, wanted, why)
         self._admit()
 
     def _check_hangs(self, job: _Record, now: float) -> None:
@@ -641,13 +682,23 @@ class TaskScheduler:
         if start is not None and not job.ending:
             job.state.update(status=QUEUED if not job.generations else job.state.status)
 
+    def _plan_from_checkpoint(self, job: _Record, allocation: Allocation, reason: str) -> None:
+        try:
+            start = wire.Start(self._checkpoints(job).latest())
+        except BudgetExhausted as error:  # looking for it costs money too
+            _LOG.info("job %s stops: %s", job.job_id, error)
+            self._end(job, STOPPED, reason="budget")
+        else:
+            self._plan(job, allocation, reason, start)
+
     def _admit(self) -> None:
         """Starts the generations that wait, first come, first served."""
         self._retry_s = self._clock.monotonic() + THROTTLE_PAUSE_S
         waiting = [j for j in self._active.values() if j.plan is not None and not j.ending]
         for job in sorted(waiting, key=lambda j: j.plan.since_s if j.plan else 0.0):
             plan = job.plan
-            assert plan is not None
+            if plan is None:
+                continue  # starting another job has shown that none can go on
             if plan.allocation.workers > self._free_functions():
                 return  # nobody overtakes, or a large job would wait for ever
             try:
@@ -662,6 +713,7 @@ class TaskScheduler:
         workers = [_Worker(rank) for rank in range(plan.allocation.workers)]
         generation = _Generation(number, plan.allocation, plan.start, workers, lease_s)
         self._reserve(job, generation, list(range(len(workers))))
+        job.generations.append(generation)  # from here on it is closed if anything fails
         job.next_number += 1
         job.plan = None
         now = self._clock.monotonic()
@@ -678,20 +730,20 @@ class TaskScheduler:
         (self._settings.logs / job.job_id).mkdir(parents=True, exist_ok=True)
         names = self._keys.generation(job.job_id, number)
         self._store.put({names.open: b"1"}, ttl_s=24 * TTL_S)
-        job.generations.append(generation)
+        self._store_is_gone = False
         generation.to_invoke = list(range(len(workers)))
         self._invoke_rest(job, now)
 
     def _reserve(self, job: _Record, generation: _Generation, ranks: list[int]) -> None:
         """Reserves the worst case of invoking some ranks next: all of it or nothing."""
         worst = self._worst_usd(generation.allocation, generation.lease_s)
-        reserved = []
+        reserved: list[str] = []
         try:
             for rank in ranks:
                 name = self._call_id(job, generation, generation.workers[rank])
                 self._ledger.reserve(name, job.job_id, worst, "a function")
                 reserved.append(name)
-        except BudgetExhausted:
+        except Exception:
             for name in reserved:
                 self._ledger.release(name)
             raise
@@ -713,7 +765,7 @@ class TaskScheduler:
                 except BudgetExhausted as error:
                     self._without_money(job, error)
                     return
-                except PlatformError as error:
+                except (PlatformError, InvalidInput) as error:
                     self._end(job, FAILED, error=JobError(str(error), job_id=job.job_id))
                     return
                 generation.to_invoke.remove(rank)
@@ -745,7 +797,7 @@ class TaskScheduler:
             del generation.calls[name], self._calls[name]
             raise
         generation.reserved.discard(name)
-        worker.incarnation = incarnation
+        worker.incarnation, worker.joining = incarnation, generation.started
         worker.sign_s = now
         worker.slowest_s = 0.0
 
@@ -829,12 +881,15 @@ class TaskScheduler:
     def _without_money(self, job: _Record, error: BudgetExhausted) -> None:
         """Waits if other jobs still hold reservations; otherwise the job stops where it is."""
         plan = job.plan
-        if job.current is not None and plan is not None:
-            job.plan = None  # it goes on as it is, up to the end of its lease
+        current = job.current
+        if current is not None and plan is not None:
+            if not current.asked_to_leave:
+                job.plan = None  # it goes on as it is, up to the end of its lease
             return
         held = self._ledger.reserved_usd > 0 and any(
-            j.generations and any(g.calls for g in j.generations)
+            g.calls or g.reserved
             for j in self._active.values()
+            for g in j.generations
             if j is not job
         )
         if plan is not None and (held or any(g.calls for g in job.generations)):
@@ -843,11 +898,10 @@ class TaskScheduler:
         self._end(job, STOPPED, reason="budget")
 
     def _free_functions(self) -> int:
-        limits = self._platform.limits
         busy = len(self._calls) + sum(
             len(g.to_invoke) for j in self._active.values() for g in j.generations if not g.closed
         )
-        return limits.concurrency // limits.deliveries - busy
+        return usable(self._platform.limits).concurrency - busy
 
     def _plan_hand_over(self, job: _Record, now: float) -> None:
         """Starts the next generation while this one still trains."""
@@ -879,15 +933,17 @@ class TaskScheduler:
         if not generation.closed:
             generation.closed = True
             generation.closed_s = self._clock.monotonic()
-            for name in generation.reserved:
-                self._ledger.release(name)
-            generation.reserved.clear()
-            generation.to_invoke = []
+            self._invoke_no_more(generation)
             names = self._keys.generation(job.job_id, generation.number)
             self._forget(partial(self._store.delete, [names.open]))
         if kill:
             for call in generation.calls.values():
                 self._cancel(call)
+
+    def _invoke_no_more(self, generation: _Generation) -> None:
+        generation.to_invoke = []
+        while generation.reserved:
+            self._ledger.release(generation.reserved.pop())
 
     def _forget(self, delete: Callable[[], object]) -> None:
         """Deletes keys; if the store is out of reach, nobody can be misled by them either."""
@@ -940,10 +996,7 @@ class TaskScheduler:
 
     def _conclude(self, job: _Record) -> None:
         del self._active[job.job_id]
-        checkpoints = self._checkpoints(job)
-        newest = job.checkpoint if job.ending == FINISHED else checkpoints.latest()
-        rest = [k for k in self._objects.list(keys.checkpoints(job.job_id)) if k != newest]
-        self._objects.delete(rest)
+        newest = self._tidy(job)
         reports = tuple(job.state.reports)
         outcome = JobOutcome(
             job_id=job.job_id,
@@ -957,20 +1010,31 @@ class TaskScheduler:
             duration_s=self._elapsed_s(job),
             checkpoint=f"{self._objects.url}/{newest}" if newest else None,
         )
-        self._record(
-            "ended",
-            job.job_id,
-            {
-                "status": outcome.status,
-                "reason": outcome.reason,
-                "value": outcome.value,
-                "cost_usd": outcome.cost_usd,
-                "duration_s": outcome.duration_s,
-                "checkpoint": outcome.checkpoint,
-                "error": [type(job.error).__name__, str(job.error)] if job.error else None,
-            },
-        )
-        job.state.update(status=job.ending, outcome=outcome, error=job.error)
+        body = {
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "value": outcome.value,
+            "cost_usd": outcome.cost_usd,
+            "duration_s": outcome.duration_s,
+            "checkpoint": outcome.checkpoint,
+            "error": [type(job.error).__name__, str(job.error)] if job.error else None,
+        }
+        try:
+            self._record("ended", job.job_id, body)
+        finally:  # whoever waits for the job must not wait for ever
+            job.state.update(status=job.ending, outcome=outcome, error=job.error)
+
+    def _tidy(self, job: _Record) -> str | None:
+        """Deletes all checkpoints but the newest; returns that."""
+        newest = job.checkpoint
+        try:
+            if job.ending != FINISHED:
+                newest = self._checkpoints(job).latest()
+            names = self._objects.list(keys.checkpoints(job.job_id))
+            self._objects.delete([name for name in names if name != newest])
+        except (StoreError, BudgetExhausted) as error:
+            _LOG.warning("job %s leaves checkpoints behind: %s", job.job_id, error)
+        return newest
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -985,7 +1049,7 @@ class TaskScheduler:
         progress = current.progress if current else None
         return JobFacts(
             job_id=job.job_id,
-            limits=self._platform.limits,
+            limits=usable(self._platform.limits),
             goal=spec.goal,
             bounds=spec.bounds,
             allocation=current.allocation if current else None,
@@ -995,6 +1059,11 @@ class TaskScheduler:
             sync_s=progress.sync_s if progress else 0.0,
             batch=progress.batch if progress else 0,
         )
+
+
+def usable(limits: PlatformLimits) -> PlatformLimits:
+    """The limits, counting that each invocation may take as many functions as it has deliveries."""
+    return replace(limits, concurrency=max(1, limits.concurrency // limits.deliveries))
 
 
 def _describe(call: _Call, result: InvocationResult) -> str:

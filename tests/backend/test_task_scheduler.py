@@ -1,0 +1,1327 @@
+"""The scheduler, driven by hand: no threads, no processes, and time passes when a test says so."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from smlt_tune.backend.goals import Cheapest
+from smlt_tune.backend.job import JobSpec, JobState
+from smlt_tune.backend.ledger import Ledger
+from smlt_tune.backend.platforms.base import InvocationResult, PlatformLimits
+from smlt_tune.backend.prices import load_prices
+from smlt_tune.backend.resource_manager.policy import Bounds, PinnedOrDefault
+from smlt_tune.backend.task_scheduler import (
+    GRACE_S,
+    MOST_STRIKES,
+    START_TIMEOUT_S,
+    THROTTLE_PAUSE_S,
+    Settings,
+    TaskScheduler,
+)
+from smlt_tune.errors import (
+    BudgetExhausted,
+    FunctionLost,
+    JobError,
+    OutOfMemory,
+    PlatformError,
+    StoreUnavailable,
+    Throttled,
+    TrainingFunctionError,
+)
+from smlt_tune.runtime import keys, wire
+from smlt_tune.runtime.checkpoint import Checkpoints
+from smlt_tune.runtime.position import Position
+from smlt_tune.runtime.stores.directory import DirectoryStore
+
+PRICES = load_prices()
+LIMITS = PlatformLimits(
+    min_memory_mb=128, max_memory_mb=8192, time_limit_s=100.0, concurrency=8, max_workers=8
+)
+WORST = PRICES.worst_case_usd(1024, 100.0, 1, init_s=0.0)
+
+
+class FakeClock:
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    wall = monotonic
+
+    def sleep(self, seconds):
+        raise AssertionError("the scheduler must not wait")
+
+
+class FakeStore:
+    """As much of a parameter store as a scheduler uses."""
+
+    def __init__(self):
+        self.values = {}
+        self.broken = False
+
+    def put(self, items, *, ttl_s):
+        self._check()
+        self.values.update(items)
+
+    def put_once(self, items, *, ttl_s, announce=()):
+        self._check()
+        fresh = [key not in self.values for key in items]
+        self.values = {**items, **self.values}
+        return fresh
+
+    def delete(self, names):
+        self._check()
+        for name in names:
+            self.values.pop(name, None)
+
+    def delete_prefix(self, prefix):
+        self._check()
+        self.delete([name for name in self.values if name.startswith(prefix)])
+
+    def _check(self):
+        if self.broken:
+            raise StoreUnavailable("no answer")
+
+
+class FakePlatform:
+    """Runs nothing: the test says what invocations do."""
+
+    name = "fake"
+
+    def __init__(self, limits):
+        self.limits = limits
+        self.calls = {}
+        self.invoked = []
+        self.cancelled = set()
+        self.room = 10**9
+        self.error = None
+
+    def invoke(self, invocation, on_done):
+        if self.error:
+            raise self.error
+        if self.room <= 0:
+            raise Throttled("too many")
+        self.room -= 1
+        spec = wire.WorkerSpec.decode(invocation.payload)
+        assert invocation.invocation_id not in self.invoked
+        self.invoked.append(invocation.invocation_id)
+        self.calls[invocation.invocation_id] = (invocation, spec)
+
+    def vcpus(self, memory_mb):
+        return memory_mb / 1769
+
+
+class CancellingPlatform(FakePlatform):
+    def cancel(self, invocation_id):
+        self.cancelled.add(invocation_id)
+
+
+class World:
+    """A scheduler and everything around it."""
+
+    def __init__(
+        self, folder, *, budget_usd=None, limits=LIMITS, platform=CancellingPlatform, **settings
+    ):
+        self.clock, self.store = FakeClock(), FakeStore()
+        self.platform = platform(limits)
+        self.objects = DirectoryStore(folder / "objects")
+        self.journal = []
+        self.ledger = Ledger(budget_usd, self.journal.append)
+        self.history = []
+        self.states = {}
+        options = {
+            "fleet": "f",
+            "parameter_store": "redis://",
+            "object_store": self.objects.url,
+            "store_options": {},
+            "hang_timeout_s": 30.0,
+            "deadline_s": None,
+            "logs": folder / "logs",
+        }
+        self.scheduler = TaskScheduler(
+            Settings(**{**options, **settings}),
+            self.platform,
+            PinnedOrDefault(),
+            self.ledger,
+            PRICES,
+            self.store,
+            self.objects,
+            self.clock,
+            lambda kind, job, body: self.history.append((kind, job, body)),
+            lambda result: None,
+            dict,
+        )
+
+    def submit(self, name="a", workers=1, memory_mb=1024, number=0):
+        bounds = Bounds(workers, memory_mb)
+        state = self.states[name] = JobState(JobSpec(name, "f", "c", 0, bounds, Cheapest()))
+        self.scheduler.submit(state, next_number=number)
+        return state
+
+    def running(self, job="a", generation=None):
+        """Ids of the invocations under way, in the order of their ranks."""
+        return sorted(
+            name
+            for name, (_, spec) in self.platform.calls.items()
+            if spec.job == job and generation in (None, spec.generation)
+        )
+
+    def say(self, kind, job, generation, rank, incarnation=0, **content):
+        event = kind(job, generation, rank, incarnation, **content)
+        self.scheduler.event(wire.WorkerEvent.decode(event.encode()))
+
+    def ready(self, job="a", generation=0, ranks=(0,), incarnation=0):
+        for rank in ranks:
+            self.say(wire.Ready, job, generation, rank, incarnation)
+
+    def progress(
+        self, job="a", generation=0, ranks=(0,), at=0, *, incarnation=0, waiting=False, slowest=0.1
+    ):
+        for rank in ranks:
+            self.say(
+                wire.Progress,
+                job,
+                generation,
+                rank,
+                incarnation,
+                position=Position(0, 1, at).encode(),
+                iterations=at,
+                busy_s=1.0,
+                sync_s=0.1,
+                slowest_s=slowest,
+                batch=10,
+                peak_mb=100.0,
+                waiting=waiting,
+            )
+
+    def train(self, job="a", workers=1, generation=0, at=1):
+        """All workers of a generation come in and begin."""
+        self.ready(job, generation, range(workers))
+        self.progress(job, generation, range(workers), at)
+
+    def finished(self, job="a", generation=0, rank=0, value=None, reports=(), incarnation=0):
+        self.say(
+            wire.Finished,
+            job,
+            generation,
+            rank,
+            incarnation,
+            checkpoint=None,
+            value=value,
+            reports=list(reports),
+        )
+
+    def save(self, job="a", at=5):
+        return Checkpoints(self.objects, job).save(Position(0, 1, at), b"state")
+
+    def hand_over(self, job="a", generation=0, ranks=(0,), at=5):
+        key = self.save(job, at)
+        for rank in ranks:
+            self.say(wire.HandedOver, job, generation, rank, checkpoint=key)
+        return key
+
+    def end(self, name, ending="returned", seconds=1.0, **facts):
+        invocation, _ = self.platform.calls.pop(name)
+        self.platform.room += 1
+        assert seconds <= invocation.timeout_s
+        self.scheduler.ended(InvocationResult(name, ending, seconds, **facts))
+
+    def end_all(self, job="a", generation=None, ending="returned", **facts):
+        for name in self.running(job, generation):
+            self.end(name, ending, **facts)
+
+    def after(self, seconds):
+        self.clock.now += seconds
+        self.scheduler.tick()
+
+    def key(self, what, job="a", generation=0):
+        names = keys.FleetKeys("f").generation(job, generation)
+        return self.store.values.get(getattr(names, what))
+
+    def start(self, job="a", generation=0):
+        return wire.Start.decode(self.key("start", job, generation)).checkpoint
+
+    def over(self, *jobs):
+        """Everything is over and paid for once; every job was told so once."""
+        told = Counter(job for kind, job, _ in self.history if kind == "ended")
+        assert told == Counter(jobs or ["a"])
+        assert self.platform.calls == {}
+        assert self.ledger.reserved_usd == 0
+        entries = Counter(
+            (e.entry_id, "settled" if e.settled_usd is not None else "reserved")
+            for e in self.journal
+        )
+        assert set(entries.values()) <= {1}
+        assert len(entries) == 2 * len(self.ledger.entries())
+        assert not [key for key in self.store.values if key.endswith((":open", ":start"))]
+        assert self.scheduler.idle
+        return [self.states[job].status for job in (jobs or ["a"])]
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def names(generation, ranks, incarnation=0, job="a"):
+    return [f"{job}.g{generation}.r{rank}.i{incarnation}" for rank in ranks]
+
+
+# --- normal lives ---------------------------------------------------------------------------------
+
+
+def test_normal_life(world):
+    state = world.submit(workers=2)
+    assert world.running() == names(0, [0, 1])
+    assert world.key("open") is not None
+    world.ready(ranks=[1])
+    assert world.key("start") is None  # all or nobody
+    assert state.status == "queued"
+    world.ready(ranks=[0])
+    assert world.start() is None  # from the very beginning
+    assert state.status == "running"
+    world.progress(ranks=[0, 1])
+    world.say(wire.Reported, "a", 0, 0, index=0, metrics={"loss": 1.0})
+    world.finished(value=7, reports=[{"loss": 1.0}, {"loss": 0.5}])
+    world.finished(rank=1)
+    assert state.status == "running"  # until its functions are gone and paid for
+    assert world.key("open") is None
+    world.end_all()
+    assert world.over() == ["finished"]
+    assert state.outcome.value == 7
+    assert [r.metrics for r in state.outcome.reports] == [{"loss": 1.0}, {"loss": 0.5}]
+    assert [r.index for r in state.outcome.reports] == [0, 1]
+    assert world.ledger.job_usd("a") == state.outcome.cost_usd > 0
+    assert world.platform.cancelled == set()
+
+
+def test_first_come_first_served_and_never_above_the_limit(world):
+    world.submit("a", 5)
+    world.submit("b", 4)
+    world.submit("c", 2)  # would fit, but must not overtake b
+    assert world.running("a")
+    assert not world.running("b")
+    assert not world.running("c")
+    world.train("a", 5)
+    world.finished("a")
+    for number, name in enumerate(world.running("a")):
+        world.end(name)
+        assert len(world.platform.calls) <= 8
+        assert bool(world.running("b")) == (number >= 0)  # 8 - 4 are free
+    assert len(world.running("b")) == 4
+    assert len(world.running("c")) == 2
+
+
+def test_throttled_in_mid_gang(world):
+    world.platform.room = 2
+    world.submit(workers=4)
+    assert world.running() == names(0, [0, 1])
+    assert world.ledger.job_reserved_usd("a") == pytest.approx(4 * WORST)
+    world.submit("b", 5)  # the rest of a's gang counts as taken
+    assert not world.running("b")
+    world.platform.room = 1
+    world.after(THROTTLE_PAUSE_S / 2)
+    assert len(world.running()) == 2
+    world.after(THROTTLE_PAUSE_S)
+    assert len(world.running()) == 3
+    world.ready(ranks=[0, 1, 2])
+    assert world.key("start") is None
+    world.platform.room = 100
+    world.after(2 * THROTTLE_PAUSE_S)
+    world.ready(ranks=[3])
+    assert world.start() is None
+    assert world.ledger.job_reserved_usd("a") == pytest.approx(4 * WORST)
+
+
+def test_a_platform_that_delivers_twice_has_half_the_room(tmp_path):
+    world = World(tmp_path, limits=replace(LIMITS, deliveries=2))
+    world.submit("a", 3)
+    world.submit("b", 2)
+    assert len(world.platform.calls) == 3
+    assert world.ledger.job_reserved_usd("a") == pytest.approx(6 * WORST, rel=1e-6)
+
+
+def test_the_default_size_fits_a_platform_that_delivers_twice(tmp_path):
+    world = World(tmp_path, limits=replace(LIMITS, concurrency=2, deliveries=2))
+    world.submit(workers=None)
+    assert len(world.running()) == 1
+
+
+def test_a_function_that_cannot_run_there_fails_its_job_only(world):
+    world.submit("b")
+    world.platform.error = PlatformError("no such image")
+    state = world.submit("a", 2)
+    assert state.status == "failed"
+    assert isinstance(state.error, JobError)
+    assert "no such image" in str(state.error)
+    assert world.states["b"].status == "queued"
+    assert world.ledger.job_reserved_usd("a") == 0
+
+
+# --- hand-over ------------------------------------------------------------------------------------
+
+
+def test_hand_over_at_the_time_limit_with_room_for_both(world):
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    world.after(90)
+    assert not world.running("a", 1)
+    world.after(7)
+    assert world.running("a", 1) == names(1, [0, 1])
+    assert world.key("leave") is None  # the old ones train on until the new are there
+    world.ready(generation=1, ranks=[0])
+    assert world.key("leave") is None
+    world.ready(generation=1, ranks=[1])
+    assert world.key("leave") is not None
+    assert world.key("start", generation=1) is None
+    key = world.hand_over(ranks=[0, 1])
+    assert world.start(generation=1) == key
+    world.progress(generation=1, ranks=[0, 1], at=6)
+    world.end_all("a", 0)
+    world.finished(generation=1)
+    world.end_all()
+    assert world.over() == ["finished"]
+    assert [a.reason for a in state.outcome.allocations] == ["first", "time limit"]
+
+
+def test_hand_over_without_room_for_both(world):
+    state = world.submit(workers=5)
+    world.train(workers=5)
+    world.scheduler.resize("a", 6, None)
+    assert not world.running("a", 1)
+    assert world.key("leave") is not None
+    key = world.hand_over(ranks=range(5))
+    for name in world.running("a", 0):
+        assert len(world.running("a", 1)) == 0 or len(world.platform.calls) <= 8
+        world.end(name)
+    assert len(world.running("a", 1)) == 6
+    world.train(generation=1, workers=6, at=6)
+    assert world.start(generation=1) == key
+    assert state.allocation.workers == 6
+
+
+def test_workers_that_leave_by_themselves_are_followed(world):
+    world.submit(workers=1)
+    world.train()
+    key = world.hand_over()
+    world.after(1)
+    assert world.running() == names(0, [0]) + names(1, [0])
+    world.end(*names(0, [0]))
+    world.ready(generation=1)
+    assert world.start(generation=1) == key
+
+
+def test_those_that_have_handed_over_but_stay_are_killed(world):
+    world.submit()
+    world.train()
+    world.hand_over()
+    world.after(GRACE_S - 1)
+    assert world.platform.cancelled == set()
+    world.after(2)
+    assert world.platform.cancelled == set(names(0, [0]))
+
+
+def test_nobody_is_invoked_for_a_generation_that_has_left(world):
+    world.submit(workers=2)
+    world.train(workers=2)
+    world.platform.room = -1
+    world.end(*names(0, [1]), "crashed")
+    world.hand_over(ranks=[0])
+    world.platform.room = 100
+    world.after(1)
+    assert names(0, [1], 1)[0] not in world.platform.invoked
+    assert world.running("a", 1) == names(1, [0, 1])
+
+
+# --- resize ---------------------------------------------------------------------------------------
+
+
+def test_resize_while_queued_starts_with_the_new_size(world):
+    world.submit("b", 8)
+    state = world.submit("a", 2)
+    world.scheduler.resize("a", 3, 2048)
+    world.scheduler.stop("b", "enough")
+    world.end_all("b", ending="cancelled")
+    assert world.running() == names(0, [0, 1, 2])
+    assert [(a.workers, a.memory_mb) for a in state.allocations] == [(3, 2048)]
+
+
+def test_resize_while_starting(world):
+    state = world.submit("a", 1)
+    world.scheduler.resize("a", 2, None)
+    assert not world.running("a", 1)
+    world.train()
+    world.after(0.1)
+    assert world.running("a", 1) == names(1, [0, 1])
+    assert state.allocations[-1].reason == "resize"
+
+
+def test_resize_while_handing_over_and_twice_in_a_row_adds_up(world):
+    state = world.submit("a", 1)
+    world.train()
+    world.scheduler.resize("a", 2, None)
+    world.scheduler.resize("a", 3, None)
+    world.scheduler.resize("a", None, 2048)
+    world.ready(generation=1, ranks=[0, 1])
+    world.hand_over()
+    world.end_all("a", 0)
+    world.train(workers=2, generation=1, at=6)
+    world.after(0.1)
+    assert len(world.running("a", 2)) == 3
+    assert [(a.workers, a.memory_mb) for a in state.allocations] == [
+        (1, 1024),
+        (2, 1024),
+        (3, 2048),
+    ]
+
+
+def test_a_resize_under_way_is_not_lost_with_all_workers(world):
+    state = world.submit("a", 1)
+    world.train()
+    world.scheduler.resize("a", 3, None)
+    assert world.running("a", 1)
+    world.end(*names(0, [0]), "crashed")  # nobody is left to hand over
+    world.end_all("a", 1, "cancelled")
+    assert len(world.running("a", 2)) == 3
+    assert state.allocations[-1].workers == 3
+
+
+def test_resize_after_the_end_does_nothing(world):
+    world.submit()
+    world.train()
+    world.finished()
+    world.scheduler.resize("a", 4, None)
+    world.end_all()
+    world.scheduler.resize("a", 4, None)
+    assert world.over() == ["finished"]
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def test_a_worker_lost_before_the_start_is_replaced(world):
+    world.submit(workers=2)
+    world.ready(ranks=[0, 1][:1])
+    world.end(*names(0, [0]), "crashed")
+    assert world.running() == [*names(0, [0], 1), *names(0, [1])]
+    assert not world.platform.calls[names(0, [0], 1)[0]][1].joining
+    world.ready(ranks=[1])
+    assert world.key("start") is None  # the replacement has to be there too
+    world.ready(ranks=[0], incarnation=1)
+    assert world.start() is None
+
+
+def test_a_worker_lost_with_survivors_is_replaced_alone(world):
+    state = world.submit(workers=3)
+    world.train(workers=3)
+    world.end(*names(0, [1]), "crashed")
+    assert world.running() == [*names(0, [0]), *names(0, [1], 1), *names(0, [2])]
+    assert world.platform.calls[names(0, [1], 1)[0]][1].joining
+    assert len(state.allocations) == 1
+    assert world.platform.cancelled == set()
+
+
+def test_words_of_a_dead_worker_do_not_count_for_its_replacement(world):
+    """Or the loss of the last survivor would leave replacements that wait for each other."""
+    world.submit(workers=2)
+    world.train(workers=2)
+    world.end(*names(0, [1]), "crashed")
+    world.progress(ranks=[1], incarnation=0)  # late
+    world.end(*names(0, [0]), "crashed")
+    assert len(world.running("a", 1)) == 2
+    assert world.key("open") is None
+
+
+def test_all_lost_begins_again_at_the_checkpoint(world):
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    key = world.save(at=3)
+    world.end_all("a", 0, "crashed")  # the second one kills the first one's replacement
+    assert world.platform.cancelled == set(names(0, [0], 1))
+    world.end(names(0, [0], 1)[0], "cancelled")
+    assert world.running() == names(1, [0, 1])
+    world.ready(generation=1, ranks=[0, 1])
+    assert world.start(generation=1) == key
+    assert len(state.allocations) == 2
+
+
+@pytest.mark.parametrize("ending", ["crashed", "timed_out", "returned"])
+def test_many_that_die_at_once_are_one_loss(tmp_path, ending):
+    world = World(tmp_path, limits=replace(LIMITS, concurrency=40, max_workers=40))
+    state = world.submit(workers=20)
+    world.train(workers=20)
+    for name in world.running():
+        world.end(name, ending)
+    assert state.status == "running"
+    world.end_all("a", 0, "cancelled")
+    assert len(world.running("a", 1)) == 20
+
+
+def test_too_many_losses_without_progress(world):
+    state = world.submit()
+    for number in range(MOST_STRIKES + 1):
+        assert state.error is None
+        world.after(1)
+        world.end(*names(0, [0], number), "crashed", detail="signal 9")
+    assert isinstance(state.error, FunctionLost)
+    assert "6 losses in a row" in str(state.error)
+    assert "crashed signal 9" in str(state.error)
+    assert world.over() == ["failed"]
+
+
+def test_progress_forgives_losses(world):
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    for number in range(3 * MOST_STRIKES):
+        world.progress(ranks=[0], at=number + 2)
+        world.end(*names(0, [1], number), "crashed")
+        world.ready(ranks=[1], incarnation=number + 1)
+        world.progress(ranks=[1], incarnation=number + 1)
+    assert state.error is None
+
+
+def test_a_worker_that_has_returned_without_a_word_is_replaced(world):
+    world.submit(workers=2)
+    world.train(workers=2)
+    world.end(*names(0, [0]))
+    assert world.running() == [*names(0, [0], 1), *names(0, [1])]
+
+
+def test_the_waiting_next_generation_mends_itself(world):
+    world.submit()
+    world.train()
+    world.scheduler.resize("a", 2, None)
+    world.ready(generation=1, ranks=[0, 1])
+    world.end(*names(1, [0]), "crashed")
+    assert names(1, [0], 1)[0] in world.running()
+    world.hand_over()
+    assert world.key("start", generation=1) is None
+    world.ready(generation=1, ranks=[0], incarnation=1)
+    assert world.start(generation=1) is not None
+
+
+def test_rank_0_lost_while_the_others_finish(world):
+    """Its replacement would wait for survivors that are gone."""
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    world.end(*names(0, [0]), "crashed")
+    world.finished(rank=1)
+    assert names(0, [0], 1)[0] in world.platform.cancelled
+    world.end(*names(0, [1]))
+    world.end_all("a", 0, "cancelled")
+    assert world.running() == names(1, [0, 1])
+    assert state.status == "running"
+
+
+@pytest.mark.parametrize("throttled", [False, True])
+def test_rank_0_lost_after_the_others_have_finished(world, throttled):
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    world.finished(rank=1, value="of rank 1")
+    world.platform.room = 0 if throttled else 100
+    world.end(*names(0, [0]), "crashed")
+    world.platform.room = 100
+    world.end(*names(0, [1]))
+    world.after(1)
+    assert state.status == "running"  # rank 1's word is not the job's
+    assert world.running() == names(1, [0, 1])
+
+
+def test_a_crash_after_finished_is_none(world):
+    state = world.submit()
+    world.train()
+    world.finished(value=3)
+    world.end_all(ending="crashed")
+    assert world.over() == ["finished"]
+    assert state.outcome.value == 3
+
+
+def test_stuck_begins_again(world):
+    world.submit(workers=2)
+    world.train(workers=2)
+    key = world.save(at=2)
+    world.say(wire.Stuck, "a", 0, 0)
+    world.say(wire.Stuck, "a", 0, 1)
+    assert world.platform.cancelled == set(names(0, [0, 1]))
+    assert world.running("a", 1) == names(1, [0, 1])
+    world.ready(generation=1, ranks=[0, 1])
+    assert world.start(generation=1) == key
+
+
+def test_repeats_and_late_words_are_harmless(world):
+    state = world.submit(workers=2)
+    for _ in range(3):
+        world.train(workers=2)
+        world.say(wire.Reported, "a", 0, 0, index=0, metrics={"loss": 1})
+        world.say(wire.Saved, "a", 0, 0, checkpoint="x")
+    for _ in range(3):
+        world.hand_over(ranks=[0, 1])
+        world.after(1)
+    assert world.running("a", 1) == names(1, [0, 1])
+    world.end_all("a", 0)
+    for _ in range(2):
+        world.train("a", 2, generation=1, at=6)
+        world.train("a", 2, generation=0, at=9)
+        world.finished(generation=0, value="old")
+        world.say(wire.Stuck, "a", 0, 0)
+        world.say(wire.Failed, "a", 0, 0, error="old", traceback="", by_user=True, retry=False)
+    assert state.status == "running"
+    for _ in range(2):
+        world.finished(generation=1, value="new")
+        world.finished(generation=1, rank=1)
+    world.end_all()
+    world.finished(generation=1, value="late")
+    world.scheduler.ended(InvocationResult(names(1, [0])[0], "returned", 9.0))
+    assert world.over() == ["finished"]
+    assert state.outcome.value == "new"
+    assert len(state.outcome.reports) == 1
+
+
+def test_late_reports_belong_to_those_who_made_them(world):
+    state = world.submit(workers=1)
+    world.train()
+    world.scheduler.resize("a", 2, None)
+    world.ready(generation=1, ranks=[0, 1])
+    world.hand_over()
+    world.say(wire.Reported, "a", 0, 0, index=0, metrics={"loss": 1})
+    assert (state.reports[0].workers, state.reports[0].generation) == (1, 0)
+
+
+def test_an_error_of_the_function(world):
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    world.say(wire.Failed, "a", 0, 1, error="KeyError", traceback="tb", by_user=True, retry=False)
+    world.end_all()
+    assert world.over() == ["failed"]
+    assert isinstance(state.error, TrainingFunctionError)
+    assert state.error.worker_traceback == "tb"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_without_a_pin_doubles(world):
+    world.submit(workers=1, memory_mb=None)
+    world.train()
+    world.end_all(ending="out_of_memory", peak_mb=1769)
+    assert world.platform.calls[names(1, [0])[0]][0].memory_mb == 2 * 1769
+
+
+def test_out_of_memory_with_a_pin_fails(world):
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    world.end(*names(0, [0]), "out_of_memory", peak_mb=1000.0)
+    world.end_all(ending="cancelled")
+    assert world.over() == ["failed"]
+    assert isinstance(state.error, OutOfMemory)
+    assert state.error.limit_mb == 1024
+
+
+def test_out_of_memory_while_more_is_on_its_way(world):
+    world.submit(workers=1)
+    world.train()
+    world.scheduler.resize("a", None, 2048)
+    world.end(*names(0, [0]), "out_of_memory")
+    world.end_all("a", 1, "cancelled")
+    assert world.platform.calls[names(2, [0])[0]][0].memory_mb == 2048
+
+
+def test_out_of_memory_of_the_next_generation(world):
+    """What counts is the memory of those who had too little, not that of those who train."""
+    state = world.submit(workers=1, memory_mb=None)
+    world.train()
+    world.scheduler._active["a"].resize_to = replace(state.allocation, workers=2, memory_mb=512)
+    world.scheduler.tick()
+    world.end(*names(1, [0]), "out_of_memory")
+    world.end_all("a", 0, "cancelled")
+    world.end_all("a", 1, "cancelled")
+    assert (state.allocations[-1].workers, state.allocations[-1].memory_mb) == (2, 1024)
+
+
+# --- hangs ----------------------------------------------------------------------------------------
+
+
+def test_one_that_hangs_is_replaced(world):
+    world.submit(workers=2)
+    world.train(workers=2)
+    for _ in range(4):
+        world.after(10)
+        world.progress(ranks=[0], waiting=True)
+    assert world.platform.cancelled == set(names(0, [1]))
+    world.end(*names(0, [1]), "cancelled")
+    assert names(0, [1], 1)[0] in world.running()
+    assert world.key("open") is not None
+
+
+def test_all_that_hang_begin_again(world):
+    world.submit(workers=2)
+    world.train(workers=2)
+    world.after(32)
+    assert world.platform.cancelled == set(names(0, [0, 1]))
+    world.end_all("a", 0, "cancelled")
+    world.end_all("a", 0, "cancelled")
+    assert world.running("a", 1) == names(1, [0, 1])
+
+
+def test_one_that_never_starts_is_given_up(tmp_path):
+    world = World(tmp_path, limits=replace(LIMITS, time_limit_s=900.0))
+    world.submit()
+    world.after(START_TIMEOUT_S - 1)
+    assert not world.platform.cancelled
+    world.after(2)
+    assert world.platform.cancelled == set(names(0, [0]))
+
+
+def test_a_hang_where_nothing_can_be_cancelled_ends_at_the_time_limit(tmp_path):
+    world = World(tmp_path, platform=FakePlatform)
+    world.submit(workers=2)
+    world.train(workers=2)
+    for _ in range(9):
+        world.after(10)
+        world.progress(ranks=[0], waiting=True)
+    world.end(*names(0, [1]), "timed_out", seconds=100.0)
+    assert names(0, [1], 1)[0] in world.running()
+
+
+def test_stop_where_nothing_can_be_cancelled(tmp_path):
+    world = World(tmp_path, platform=FakePlatform)
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    world.scheduler.stop("a", "pruned")
+    assert world.key("open") is None
+    world.after(100)
+    assert state.outcome is None
+    world.end_all()
+    assert world.over() == ["stopped"]
+
+
+# --- the stores -----------------------------------------------------------------------------------
+
+
+def _queued(world):
+    world.submit("b", 8)
+    world.submit("a", 2)
+
+
+def _starting(world):
+    world.submit("a", 2)
+    world.ready(ranks=[0])
+
+
+def _training(world):
+    world.submit("a", 2)
+    world.train(workers=2)
+
+
+def _throttled(world):
+    world.platform.room = 1
+    world.submit("a", 2)
+    world.platform.room = 100
+
+
+def _handing_over(world):
+    _training(world)
+    world.scheduler.resize("a", 3, None)
+    world.ready(generation=1, ranks=[0, 1, 2])
+
+
+def _handed_over(world):
+    _handing_over(world)
+    world.hand_over(ranks=[0])
+
+
+def _no_room(world):
+    _training(world)
+    world.scheduler.resize("a", 7, None)
+    world.hand_over(ranks=[0, 1])
+
+
+def _mending(world):
+    _training(world)
+    world.end(*names(0, [0]), "crashed")
+
+
+def _finishing(world):
+    _training(world)
+    world.finished()
+
+
+STATES = [
+    _queued,
+    _starting,
+    _throttled,
+    _training,
+    _mending,
+    _handing_over,
+    _handed_over,
+    _no_room,
+    _finishing,
+]
+
+
+def calm(world):
+    """From here on everything goes well: all workers do what is expected of them."""
+    for _ in range(60):
+        if world.scheduler.idle:
+            return
+        world.after(1.0)
+        for name, (_, spec) in list(world.platform.calls.items()):
+            who = {"generation": spec.generation, "incarnation": spec.incarnation}
+            if name in world.platform.cancelled:
+                world.end(name, "cancelled")
+            elif world.key("open", spec.job, spec.generation) is None:
+                world.end(name)
+            elif world.key("leave", spec.job, spec.generation) is not None:
+                world.hand_over(spec.job, spec.generation, [spec.rank], at=9)
+                world.end(name)
+            else:
+                world.ready(spec.job, ranks=[spec.rank], **who)
+                if world.key("start", spec.job, spec.generation) is not None:
+                    world.progress(spec.job, ranks=[spec.rank], at=9, **who)
+                    world.finished(spec.job, rank=spec.rank, **who)
+                    world.end(name)
+    raise AssertionError("a job is stuck")
+
+
+@pytest.mark.parametrize("reach", STATES)
+def test_stop_in_every_state(world, reach):
+    reach(world)
+    world.scheduler.stop("a", "pruned")
+    world.scheduler.stop("a", "again")
+    calm(world)
+    world.over(*world.states)
+    outcome = world.states["a"].outcome
+    if reach is _finishing:
+        assert outcome.status == "finished"
+    else:
+        assert (outcome.status, outcome.reason) == ("stopped", "pruned")
+
+
+@pytest.mark.parametrize("reach", STATES)
+def test_the_parameter_store_is_lost_in_every_state(world, reach):
+    reach(world)
+    live = set(world.platform.calls)
+    world.store.values.clear()
+    world.scheduler.store_lost()
+    if reach is not _finishing:
+        assert set(world.running("a")) & live <= world.platform.cancelled
+    world.scheduler.store_lost()
+    calm(world)
+    assert set(world.over(*world.states)) == {"finished"}
+
+
+@pytest.mark.parametrize("reach", STATES)
+def test_the_deadline_in_every_state(tmp_path, reach):
+    world = World(tmp_path, deadline_s=1050.0)
+    reach(world)
+    world.clock.now = 1050.0
+    world.scheduler.tick()
+    calm(world)
+    world.over(*world.states)
+    outcome = world.states["a"].outcome
+    assert (outcome.status, outcome.reason) == (
+        ("finished", "") if reach is _finishing else ("stopped", "deadline")
+    )
+
+
+@pytest.mark.parametrize("reach", STATES)
+def test_a_parameter_store_out_of_reach_in_every_state(world, reach):
+    """Nobody waits for ever, and jobs that come when it is back are fenced as ever."""
+    reach(world)
+    world.store.broken = True
+    world.scheduler.abandon(StoreUnavailable("no answer"))
+    for name in world.platform.cancelled & set(world.platform.calls):
+        world.end(name, "cancelled")
+    world.end_all("a")
+    assert world.states["a"].status == ("finished" if reach is _finishing else "failed")
+    assert world.ledger.reserved_usd == 0
+    world.store.broken = False
+    world.store.values.clear()
+    world.submit("later")
+    world.train("later")
+    world.scheduler.stop("later", "enough")
+    assert world.key("open", "later") is None
+
+
+@pytest.mark.parametrize("reach", [_training, _handing_over])
+def test_a_store_that_fails_while_a_generation_is_launched(world, reach):
+    reach(world)
+    world.store.broken = True
+    with pytest.raises(StoreUnavailable) as failed:
+        world.submit("b")
+    world.scheduler.abandon(failed.value)
+    world.end_all("a", ending="cancelled")
+    world.store.values.clear()
+    assert world.over("b", "a") == ["failed", "failed"]
+
+
+def test_many_jobs_wait_when_the_store_goes_away_in_between(world):
+    world.submit("a", 8)
+    for name in "bcd":
+        world.submit(name, 2)
+    world.train("a", 8)
+    world.store.broken = True
+    world.finished("a")
+    world.end_all("a")
+    world.store.values.clear()
+    assert world.over("b", "c", "d", "a") == ["failed", "failed", "failed", "finished"]
+
+
+@pytest.mark.parametrize("error", [BudgetExhausted("no money"), StoreUnavailable("no answer")])
+def test_an_object_store_that_refuses_at_the_end(world, monkeypatch, error):
+    def refuse(prefix):
+        raise error
+
+    state = world.submit()
+    world.train()
+    world.say(wire.Saved, "a", 0, 0, checkpoint="the-last")
+    monkeypatch.setattr(world.objects, "list", refuse)
+    world.scheduler.stop("a", "pruned")
+    world.end_all(ending="cancelled")
+    assert world.over() == ["stopped"]
+    assert state.outcome.checkpoint.endswith("/the-last")
+
+
+def test_no_money_to_look_for_the_checkpoint(world, monkeypatch):
+    def refuse(prefix):
+        raise BudgetExhausted("no money")
+
+    state = world.submit()
+    other = world.submit("b")
+    world.train()
+    monkeypatch.setattr(world.objects, "list", refuse)
+    world.end_all(ending="crashed")
+    assert (state.status, state.outcome.reason) == ("stopped", "budget")
+    assert other.error is None
+
+
+def test_a_history_that_cannot_be_written_leaves_nobody_waiting(world):
+    def full(kind, job, body):
+        raise OSError("no space")
+
+    state = world.submit()
+    world.train()
+    world.scheduler.stop("a", "pruned")
+    world.scheduler._record = lambda kind, *rest: full(kind, *rest) if kind == "ended" else None
+    with pytest.raises(OSError, match="no space"):
+        world.end_all(ending="cancelled")
+    assert state.outcome.reason == "pruned"
+
+
+# --- money ----------------------------------------------------------------------------------------
+
+
+def test_a_budget_too_small_for_the_start(tmp_path):
+    world = World(tmp_path, budget_usd=1e-7)
+    state = world.submit()
+    assert world.over() == ["stopped"]
+    assert (state.outcome.reason, state.outcome.allocations) == ("budget", ())
+
+
+def test_a_job_waits_for_what_others_have_reserved(tmp_path):
+    world = World(tmp_path, budget_usd=1.4 * 20 * WORST / 100)
+    world.submit("a")
+    world.submit("b")
+    waits = world.submit("c")
+    assert waits.status == "queued"
+    assert not world.running("c")
+    for job in "ab":
+        world.train(job)
+        world.finished(job)
+        world.end_all(job, seconds=0.1)
+    calm(world)
+    assert set(world.over("a", "b", "c")) == {"finished"}
+
+
+def test_those_who_are_throttled_hold_money_too(tmp_path):
+    world = World(tmp_path, budget_usd=1.05 * 20 * WORST / 100)
+    world.platform.room = 0
+    world.submit("a")
+    waits = world.submit("b")
+    assert waits.status == "queued"
+    world.platform.room = 100
+    world.after(1)
+    calm(world)
+    assert set(world.over("a", "b")) == {"finished"}
+
+
+def test_no_money_for_a_replacement(tmp_path):
+    """Survivors must not wait for ever for one that never comes."""
+    world = World(tmp_path, budget_usd=2 * 21 * WORST / 100)
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    lease = world.platform.calls[names(0, [0])[0]][0].timeout_s
+    world.end(*names(0, [0]), "crashed", seconds=lease)
+    calm(world)
+    assert world.over() == ["stopped"]
+    assert state.outcome.reason == "budget"
+
+
+def test_no_money_for_the_hand_over(tmp_path):
+    world = World(tmp_path, budget_usd=21 * WORST / 100)
+    state = world.submit()
+    world.train()
+    lease = world.platform.calls[names(0, [0])[0]][0].timeout_s
+    world.after(lease - 1)
+    assert world.running() == names(0, [0])
+    assert state.error is None  # goes on up to the end of its lease
+    world.hand_over()
+    world.end_all(seconds=lease)
+    assert world.over() == ["stopped"]
+    assert state.outcome.reason == "budget"
+    assert state.outcome.checkpoint is not None
+
+
+def test_a_resize_is_kept_when_money_comes_back_only_with_the_old_functions(tmp_path):
+    world = World(tmp_path, budget_usd=5 * 25 * WORST / 100)
+    state = world.submit(workers=5)
+    world.train(workers=5)
+    world.scheduler.resize("a", 4, None)
+    assert world.key("leave") is not None
+    world.after(1)
+    world.hand_over(ranks=range(5))
+    world.end_all("a", 0, seconds=1.0)
+    assert state.allocations[-1].workers == 4
+
+
+# --- a job of an earlier client -------------------------------------------------------------------
+
+
+def test_a_resumed_job_hears_what_was_said_in_between(world):
+    """What the dead client had not read is still in the stream."""
+    key = world.save(at=4)
+    names_of_old = keys.FleetKeys("f").generation("a", 0)
+    world.store.values[names_of_old.open] = b"1"
+    state = JobState(JobSpec("a", "f", "c", 0, Bounds(1, 1024)))
+    first = world.submit("x")
+    world.train("x")
+    state.allocations = list(first.allocations)
+    world.states["a"] = state
+    world.scheduler.submit(state, next_number=1)
+    assert world.key("open", generation=0) is None  # what outlived the client is fenced off
+    assert world.running() == names(1, [0])
+    world.say(wire.Reported, "a", 0, 0, index=0, metrics={"loss": 1})
+    world.say(wire.Reported, "a", 7, 0, index=1, metrics={"loss": 2})  # of a group nobody knows
+    world.finished(generation=0)
+    assert [r.metrics for r in state.reports] == [{"loss": 1}]
+    world.ready(generation=1)
+    assert world.start(generation=1) == key
+
+
+# --- anything in any order ------------------------------------------------------------------------
+
+
+class Worker:
+    """One invocation as a real worker would behave, one step at a time."""
+
+    def __init__(self, simulation, name):
+        self.name, self.simulation = name, simulation
+        self.invocation, self.spec = simulation.world.platform.calls[name]
+        self.started = simulation.world.clock.now
+        self.state, self.hung = "loading", False
+
+    def say(self, kind, **content):
+        spec = self.spec
+        event = kind(spec.job, spec.generation, spec.rank, spec.incarnation, **content)
+        self.simulation.stream.append(event)
+
+    def sign(self, at, *, waiting):
+        content = {"position": Position(0, 1, at).encode(), "iterations": at, "busy_s": 1.0}
+        content |= {"sync_s": 0.1, "slowest_s": 0.1, "batch": 1, "peak_mb": 1.0}
+        self.say(wire.Progress, waiting=waiting, **content)
+
+    def key(self, what):
+        return self.simulation.world.key(what, self.spec.job, self.spec.generation)
+
+
+class Simulation:
+    """Jobs of so many iterations each, and what chance does to them."""
+
+    def __init__(self, world, seed):
+        self.world, self.chance = world, random.Random(seed)
+        self.workers, self.stream, self.groups = {}, [], {}
+        self.length = {}
+        self.faults = True
+
+    def step(self):
+        chance, world = self.chance, self.world
+        for name in world.platform.calls:
+            self.workers.setdefault(name, Worker(self, name))
+        world.clock.now += chance.choice([0.0, 0.05, 0.3, 1.0, 4.0] if self.faults else [0.3])
+        if chance.random() < 0.6:
+            world.scheduler.tick()
+        if self.faults:
+            self.disturb()
+        for worker in chance.sample(list(self.workers.values()), len(self.workers)):
+            if worker.name in self.workers and chance.random() < 0.7:
+                self.act(worker)
+        if chance.random() < 0.7:
+            self.flush()
+        self.check()
+
+    def act(self, worker):
+        name, platform = worker.name, self.world.platform
+        age = self.world.clock.now - worker.started
+        if name in platform.cancelled:
+            self.end(worker, "cancelled")
+        elif age >= worker.invocation.timeout_s:
+            self.end(worker, "timed_out")
+        elif worker.hung:
+            return
+        elif worker.state == "leaving" or worker.key("open") is None:
+            self.end(worker, "returned")
+        elif worker.state == "loading":
+            worker.say(wire.Ready)
+            worker.state = "waiting"
+        elif worker.state == "waiting":
+            self.enter(worker)
+        else:
+            self.train(worker)
+
+    def mates(self, worker):
+        spec = worker.spec
+        return [
+            w
+            for w in self.workers.values()
+            if (w.spec.job, w.spec.generation) == (spec.job, spec.generation)
+        ]
+
+    def enter(self, worker):
+        group = (worker.spec.job, worker.spec.generation)
+        if worker.spec.joining:
+            able = any(m.state == "begun" and not m.hung for m in self.mates(worker))
+        else:
+            able = worker.key("start") is not None
+        if able:
+            if group not in self.groups:
+                start = wire.Start.decode(worker.key("start")).checkpoint
+                at = Position.decode(start.rpartition("/")[2]).iteration if start else 0
+                self.groups[group] = at
+            worker.state = "begun"
+        worker.sign(self.groups.get(group, 0), waiting=not able)
+
+    def train(self, worker):
+        """The whole group moves on, if all of it is there."""
+        spec, mates = worker.spec, self.mates(worker)
+        group = (spec.job, spec.generation)
+        if len(mates) < spec.workers or any(m.state != "begun" or m.hung for m in mates):
+            worker.sign(self.groups[group], waiting=True)
+            return
+        self.groups[group] += 1
+        at = self.groups[group]
+        late = self.world.clock.now - worker.started > 0.8 * worker.invocation.timeout_s
+        done = at >= self.length[spec.job]
+        for mate in self.chance.sample(mates, len(mates)):
+            mate.sign(at, waiting=False)
+            if done:
+                content = {"checkpoint": None, "value": at, "reports": []}
+                mate.say(wire.Finished, **content)
+            elif late or worker.key("leave") is not None:
+                mate.say(wire.HandedOver, checkpoint=self.world.save(spec.job, at))
+            else:
+                continue
+            mate.state = "leaving"
+            if self.faults and self.chance.random() < 0.1:
+                self.stream.pop()  # it died just before it could say so
+                self.end(mate, "crashed")
+        if not done and self.chance.random() < 0.3:
+            self.world.save(spec.job, at)
+
+    def end(self, worker, ending):
+        self.flush()
+        del self.workers[worker.name]
+        if worker.name in self.world.platform.calls:
+            limit = worker.invocation.timeout_s
+            seconds = limit if ending == "timed_out" else min(limit, 0.5)
+            self.world.end(worker.name, ending, seconds=seconds)
+
+    def flush(self):
+        events, self.stream = self.stream, []
+        for event in events:
+            for _ in range(self.chance.choice([1, 1, 2])):
+                self.world.scheduler.event(event)
+
+    def disturb(self):
+        chance, world = self.chance, self.world
+        what = chance.random()
+        victims = list(self.workers.values())
+        if what < 0.12 and victims:
+            self.end(chance.choice(victims), chance.choice(["crashed", "crashed", "returned"]))
+        elif what < 0.14 and victims:
+            self.end(chance.choice(victims), "out_of_memory")
+        elif what < 0.17 and victims:
+            chance.choice(victims).hung = True
+        elif what < 0.2 and victims:
+            job = chance.choice(victims).spec.job
+            for worker in [w for w in victims if w.spec.job == job]:
+                if worker.name in self.workers:
+                    self.end(worker, "crashed")
+        elif what < 0.25:
+            job = chance.choice(list(world.states))
+            world.scheduler.resize(job, chance.randint(1, 4), None)
+        elif what < 0.26:
+            world.scheduler.stop(chance.choice(list(world.states)), "chance")
+        elif what < 0.28:
+            world.store.values.clear()
+            world.scheduler.store_lost()
+        elif what < 0.33:
+            world.platform.room = chance.choice([0, 1, 100])
+        elif what < 0.4 and len(world.states) < 6:
+            self.submit()
+
+    def submit(self):
+        name = f"j{len(self.world.states)}"
+        self.length[name] = self.chance.choice([1, 5, 30])
+        memory_mb = self.chance.choice([None, 512])
+        self.world.submit(name, self.chance.choice([None, 1, 2, 4]), memory_mb)
+
+    def check(self):
+        world = self.world
+        totals = world.ledger.totals()
+        assert totals.available >= 0
+        limits = world.platform.limits
+        assert len(world.platform.calls) <= limits.concurrency // limits.deliveries
+        for name, state in world.states.items():
+            started = [
+                key
+                for key in world.store.values
+                if key.startswith(f"smlt:f:{name}:") and key.endswith(":start")
+                if key.removesuffix("start") + "open" in world.store.values
+            ]
+            assert len(started) <= 1 or len(self.left(name, started)) <= 1
+            if state.over:
+                assert world.running(name) == []
+                assert not [k for k in world.store.values if k.startswith(f"smlt:f:{name}:")]
+                assert world.ledger.job_reserved_usd(name) == 0
+
+    def left(self, name, started):
+        """Of the groups with a start key, those that have not handed over."""
+        job = self.world.scheduler._active[name]
+        live = {g.number for g in job.generations if not g.left}
+        return [key for key in started if int(key.split(":g")[1].split(":")[0]) in live]
+
+    def calm_down(self):
+        self.faults = False
+        self.world.platform.room = 10**9
+        for _ in range(4000):
+            if self.world.scheduler.idle:
+                return
+            self.step()
+        raise AssertionError("a job is stuck")
+
+
+@pytest.mark.parametrize("kind", ["plenty", "poor", "twice", "no cancel"])
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens(tmp_path, seed, kind):
+    limits = replace(LIMITS, time_limit_s=30.0, deliveries=2 if kind == "twice" else 1)
+    platform = FakePlatform if kind == "no cancel" else CancellingPlatform
+    budget_usd = {"plenty": None, "poor": 60 * WORST / 100}.get(kind, 1.0)
+    world = World(tmp_path, limits=limits, platform=platform, budget_usd=budget_usd)
+    simulation = Simulation(world, f"{seed} {kind}")
+    simulation.submit()
+    for _ in range(150):
+        simulation.step()
+    simulation.calm_down()
+    world.over(*world.states)
