@@ -41,6 +41,9 @@ LOOK_AROUND_S = 0.2
 SWEEP_BYTES = 16 << 20
 SWEEP_SYNCS = 16
 
+#: At most this much is kept for replacements that replay an iteration, in bytes.
+REPLAY_BYTES = 1 << 30
+
 #: leave (0/1), 3 bytes unused, checksum of what the vector is made of.
 _HEADER = struct.Struct("<B3xI")
 
@@ -80,12 +83,18 @@ class HierarchicalAggregator:
         self._shards = shards
         self._on_idle = on_idle
         self._cursor = "0"
-        self._litter: list[str] = []
+        self._litter: dict[int, list[str]] = {}
         self._litter_bytes = 0
-        self._litter_syncs = 0
 
     def reduce(
-        self, sync: int, vector: Array, *, weight: float, check: int, leave: bool
+        self,
+        sync: int,
+        vector: Array,
+        *,
+        weight: float,
+        check: int,
+        leave: bool,
+        replay: int | None = None,
     ) -> tuple[Array, bool]:
         """The weighted sum of all workers' vectors.
 
@@ -95,6 +104,8 @@ class HierarchicalAggregator:
             weight: This worker's share of the samples; the shares add up to 1.
             check: Checksum of what the vector is made of; must be equal on all workers.
             leave: This worker wants the generation to hand over after this iteration.
+            replay: The oldest synchronisation that a replacement may have to go through again, the
+                first of the present iteration; None if each iteration has only one.
 
         Returns:
             The sum, shape (p,), and whether the generation hands over.
@@ -122,15 +133,15 @@ class HierarchicalAggregator:
         rest = {self._keys.shard(sync, s): s for s in range(len(bounds)) if s not in sums}
         for key, total in self._collect(list(rest), sync).items():
             sums[rest[key]] = total
-        self._remember(sync, list(mine), sum(map(len, mine.values())))
+        self._remember(sync, list(mine), sum(map(len, mine.values())), replay)
         return self._assemble(sums, bounds, vector, check)
 
-    def gather(self, place: str, content: bytes) -> list[bytes]:
-        """Every worker's contribution under a name, in the order of the ranks."""
-        names = [self._keys.mean(place, rank) for rank in range(self._workers)]
-        others = [r for r in range(self._workers) if r != self._rank]
-        wake = [self._keys.tokens(r) for r in others]
-        self._store.put_once({names[self._rank]: content}, ttl_s=TTL_S, announce=wake)
+    def gather(self, place: str, content: bytes, ranks: Sequence[int]) -> list[bytes]:
+        """The contributions of some ranks, this one among them, under a name, in their order."""
+        names = [self._keys.mean(place, rank) for rank in ranks]
+        wake = [self._keys.tokens(r) for r in ranks if r != self._rank]
+        own = self._keys.mean(place, self._rank)
+        self._store.put_once({own: content}, ttl_s=TTL_S, announce=wake)
         found = self._collect(names, None)
         return [found[name] for name in names]
 
@@ -225,24 +236,26 @@ class HierarchicalAggregator:
         if sync is not None and gone is not None and sync <= int(gone):
             raise Superseded
 
-    def _remember(self, sync: int, shards: list[int], size: int) -> None:
+    def _remember(self, sync: int, shards: list[int], size: int, replay: int | None) -> None:
         """Deletes what nobody needs any more.
 
         That this worker has every sum of this synchronisation means that everybody has contributed
-        to it, hence has read everything of the one before.
+        to it, hence has read everything of the one before, and is in the same iteration. Who has to
+        be replaced from here on begins at that iteration, whose first synchronisation is
+        ``replay``.
         """
-        if self._litter_bytes > SWEEP_BYTES or self._litter_syncs >= SWEEP_SYNCS:
+        needed = sync if replay is None or self._litter_bytes > REPLAY_BYTES else min(sync, replay)
+        old = [s for s in self._litter if s < needed]
+        if old and (self._litter_bytes > SWEEP_BYTES or len(old) >= SWEEP_SYNCS):
             if self._rank == 0:
-                self._store.put({self._keys.gone: str(sync - 1).encode()}, ttl_s=TTL_S)
-            self._store.delete(self._litter)
-            self._litter, self._litter_bytes, self._litter_syncs = [], 0, 0
-        for shard in shards:
-            self._litter.append(self._keys.shard(sync, shard))
-            self._litter += [
-                self._keys.part(sync, shard, r) for r in range(self._workers) if r != self._rank
-            ]
+                self._store.put({self._keys.gone: str(max(old)).encode()}, ttl_s=TTL_S)
+            self._store.delete([key for s in old for key in self._litter.pop(s)])
+            if not self._litter:
+                self._litter_bytes = 0
+        others = [r for r in range(self._workers) if r != self._rank]
+        self._litter[sync] = [self._keys.shard(sync, shard) for shard in shards]
+        self._litter[sync] += [self._keys.part(sync, s, r) for s in shards for r in others]
         self._litter_bytes += size * self._workers
-        self._litter_syncs += 1
 
     def _assemble(
         self, sums: dict[int, bytes], bounds: list[tuple[int, int]], like: Array, check: int

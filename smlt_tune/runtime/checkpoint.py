@@ -9,7 +9,7 @@ included; nothing has to be fenced.
 
 import zlib
 
-from smlt_tune.errors import ObjectDamaged
+from smlt_tune.errors import ObjectDamaged, ObjectNotFound
 from smlt_tune.runtime import keys
 from smlt_tune.runtime.position import Position
 from smlt_tune.runtime.stores.base import ObjectStore
@@ -57,10 +57,16 @@ class Checkpoints:
 
     def latest(self) -> str | None:
         """Key of the newest checkpoint that is whole, or None."""
-        for key in reversed(self._store.list(keys.checkpoints(self._job))):
+        names = self._store.list(keys.checkpoints(self._job))
+        while names:
+            key = names.pop()
             try:
                 self.load(key)
             except ObjectDamaged:
+                continue
+            except ObjectNotFound:  # its worker has saved newer ones since and deleted it
+                now = self._store.list(keys.checkpoints(self._job))
+                names = now if now and now[-1] > key else names
                 continue
             return key
         return None

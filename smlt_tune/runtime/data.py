@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
@@ -222,6 +223,6 @@ class UploadedDataset:
             key = keys.data_shard(self._digest, number)
             try:
                 self._shards[number] = load_arrays(self._store.get(key))
-            except ValueError as error:
+            except (ValueError, SafetensorError) as error:
                 raise ObjectDamaged(f"shard {key} is damaged; upload the data set again") from error
         return self._shards[number]

@@ -9,6 +9,7 @@ Going. The scheduler (or a worker whose time is up) asks for a hand-over; the ag
 workers agree on the iteration; rank 0 saves the checkpoint, and the others stay until it is safe.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class Membership:
         store: Where the generation meets.
         clock: Time.
         give: Saves the state of the iteration's beginning and returns (key, leaving); key is None
-            if this worker has not begun. Raises :class:`CannotGive`.
+            if there is none because the job begins. Raises :class:`CannotGive`.
         sign_of_life: Called while the worker waits, about once a second.
     """
 
@@ -114,6 +115,16 @@ class Membership:
             )
             return None if first else self.agree_on_init(save)
         return self.aggregator.wait_for([self.keys.init])[self.keys.init].decode()
+
+    def keep_reports(self, reports: dict[str, Any]) -> None:
+        """Remembers what rank 0 has told, for those who save or replace it."""
+        content = json.dumps(list(reports.items())).encode()
+        self._store.put({self.keys.reports: content}, ttl_s=TTL_S)
+
+    def kept_reports(self) -> dict[str, Any] | None:
+        """What rank 0 of this generation has told, by place; None if nothing yet."""
+        (content,) = self._store.get([self.keys.reports])
+        return None if content is None else dict(json.loads(content))
 
     def asked_to_leave(self) -> bool:
         """Whether the scheduler wants a hand-over; also notices that the generation is closed."""

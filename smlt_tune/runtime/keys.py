@@ -16,6 +16,7 @@ Parameter store (prefix ``smlt:<fleet>:``; everything carries a time to live)
 | ``<job>:g<G>:s<S>:<J>:<r>`` | string | part of rank r of shard J | its aggregator | soon after |
 | ``<job>:g<G>:s<S>:<J>`` | string | the shard's aggregator | every rank | soon after |
 | ``<job>:g<G>:m<P>:<r>`` | string | part of rank r of a mean | every rank | by expiry |
+| ``<job>:g<G>:reports`` | string | rank 0 | who saves or replaces it | end of generation |
 | ``<job>:g<G>:end`` | string | rank 0 | the other ranks | end of generation |
 | ``<job>:g<G>:to<r>`` | stream | whoever wrote something for rank r | rank r | end of generation |
 
@@ -87,6 +88,11 @@ class GenerationKeys:
     def gone(self) -> str:
         """Number of the newest synchronisation whose values were deleted."""
         return f"{self.prefix}gone"
+
+    @property
+    def reports(self) -> str:
+        """All reports that rank 0 has told the scheduler."""
+        return f"{self.prefix}reports"
 
     def want(self, rank: int) -> str:
         """Name of the request of a replacement of a rank that needs the state."""

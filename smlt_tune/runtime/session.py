@@ -7,15 +7,21 @@ iterations that are done are skipped and everything else runs as written.
 A *boundary* is a point from which the rest of the program can be run again with the same result:
 the beginning of an epoch, and the end of an iteration that trained. State is handed over at
 boundaries.
+
+On its way back to the boundary where it was, a program may do things again that change the state (a
+scheduler that steps before the loop, initial weights that are set after ``prepare``). So the state
+is restored twice: when objects are prepared, and when the program *arrives* at that boundary.
+Before it arrives, nothing is synchronised and no state is saved.
 """
 
 import json
 import random
 import resource
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -33,7 +39,7 @@ from smlt_tune.runtime.data import (
 )
 from smlt_tune.runtime.frameworks.base import Framework, read_meta
 from smlt_tune.runtime.handover import CannotGive, Leave, Membership
-from smlt_tune.runtime.position import Position, entropy
+from smlt_tune.runtime.position import NO_EPOCH, Position, entropy, part
 from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
 
 #: A worker whose time limit is nearer than this (plus a few iterations) asks for a hand-over, s.
@@ -53,11 +59,28 @@ class Home:
         spec: Who this worker is.
         parameter_store: Where workers meet.
         object_store: Where checkpoints and data lie.
+        started_s: When the invocation began, on the clock's ``monotonic``; None for just now.
     """
 
     spec: wire.WorkerSpec
     parameter_store: ParameterStore
     object_store: ObjectStore
+    started_s: float | None = None
+
+
+@dataclass
+class _Pace:
+    """How fast a session goes, and when it has last done what it does now and then."""
+
+    started_s: float
+    slowest_s: float = 0.0
+    sync_s: float = 0.0
+    iterations: int = 0
+    checkpoint_cost_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.last_progress_s = self.last_tick_s = self.started_s
+        self.last_checkpoint_s = self.last_asked_s = self.started_s
 
 
 def session() -> "Session":
@@ -92,20 +115,25 @@ class Session:
         self._entered = home is None
         self._begun = home is None
         self._start: tuple[str, bytes] | None = None
-        self._leaving = False
-        self._epoch_base = 0
-        self._user_epoch = 0
+        self._arrived = True
+        self._leaving = self._departing = self._left = False
+        self._epoch_base = self._user_epoch = 0
+        self._datasets: dict[str, UploadedDataset] = {}
         # Where the program is.
         self._place = Position()
         self._inside = False
-        self._nth = 0
+        self._within = ""
+        self._counts: dict[str, int] = {}
         self._resume = Position()
         self._boundary = Position()
-        self._trained: list[int] = []
-        self._resume_trained: list[int] = []
-        self._boundary_trained: list[int] = []
+        # Loops that have trained, by epoch and number: of the present epoch and outside of epochs.
+        self._trained: list[tuple[int, int]] = []
+        self._resume_trained: list[tuple[int, int]] = []
+        self._boundary_trained: list[tuple[int, int]] = []
+        self._sections = {NO_EPOCH}
         self._batch: Minibatch | None = None
         self._batch_size = 0
+        self._everyone = True
         # What has happened since the boundary.
         self._synced = False
         self._dirty = False
@@ -114,12 +142,8 @@ class Session:
         self._syncs = 0
         self._boundary_syncs = 0
         self._reports: dict[str, dict[str, Any]] = {}
-        # Signs of life and checkpoints.
-        self._started_s = clock.monotonic()
-        self._last_progress_s = self._last_tick_s = self._last_checkpoint_s = self._started_s
-        self._checkpoint_cost_s = 0.0
-        self._slowest_s = self._sync_s = 0.0
-        self._iterations = 0
+        self._boundary_reports = 0
+        self._pace = _Pace(clock.monotonic())
         if home:
             self._checkpoints = Checkpoints(home.object_store, home.spec.job)
             self._membership = Membership(
@@ -174,9 +198,10 @@ class Session:
         self._objects.add(objects)
         if self._prepared == 0:
             self._objects.on_backward(self._on_backward, every_gradient=self._workers > 1)
+            self._objects.on_step(self._on_step)
         self._enter()
         if self._start:
-            self._objects.load(self._start[1], self._prepared)
+            self._objects.load(self._start[1], self._prepared, whole=False)
         self._prepared += len(objects)
         self._seed_generators("prepared", self._prepared, shared=True)
         return objects[0] if len(objects) == 1 else objects
@@ -193,13 +218,23 @@ class Session:
         if not _whole(count) or count < 0:
             raise InvalidInput(f"epochs() needs a whole number of at least 0, got {count!r}")
         self._begin()
-        base = self._epoch_base
-        for epoch in range(max(0, self._resume.epoch - base), count):
-            self._begin_epoch(base + epoch, epoch)
-            self._tick()
-            yield epoch
-        self._begin_epoch(base + count, count)  # what comes after the last epoch
-        self._epoch_base = base + count + 1
+        base, after = self._epoch_base, self._epoch_base + count
+        finished = False
+        try:
+            for epoch in range(max(0, self._resume.epoch - base), count):
+                self._begin_epoch(base + epoch, epoch)
+                self._tick()
+                yield epoch
+            finished = True
+        finally:
+            # What comes after the last epoch, or after the one in which the user breaks out.
+            self._epoch_base = after + 1
+            self._sections.add(after)
+            if not finished and self._arrived and base <= self._place.epoch < after:
+                self._move_to_epoch(after, count)
+                self._set_boundary(self._place)
+                self._seed_generators(shared=True)
+        self._begin_epoch(after, count)
 
     def batches(
         self,
@@ -266,13 +301,15 @@ class Session:
             raise InvalidInput("report() needs at least one metric: session.report(accuracy=0.9)")
         plain = _plain_metrics(metrics)
         self._begin()
-        place = self._next_place()
-        if place in self._reports:
+        place = self._next_place("report")
+        if place in self._reports or self._rank > 0:
             return
         self._reports[place] = plain
-        if self._home and self._rank == 0:
+        if self._home:
             index = len(self._reports) - 1
             self._membership.tell(wire.Reported, index=index, metrics=plain)
+            if self._workers > 1:
+                self._membership.keep_reports(self._reports)
 
     def mean(self, value: Any, count: Any = 1.0) -> Any:
         """Sum of the values over the sum of the counts, over all workers. Call it on every worker.
@@ -284,15 +321,25 @@ class Session:
         Returns:
             A float for a number, else a float64 array of the value's shape; NaN if all counts
             are 0.
+
+        Raises:
+            InvalidInput: The value or the count is no number.
         """
-        array = np.asarray(_number(value), dtype=np.float64)
-        weight = float(_number(count))
+        try:
+            array = np.asarray(_number(value), dtype=np.float64)
+            weight = float(_number(count))
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(
+                f"mean() needs a number or an array of numbers, and a number of samples: {error}"
+            ) from error
         self._begin()
-        place = self._next_place()
+        place = self._next_place("mean")
         if self._workers > 1:
             self._collective()
             content = np.append(array.reshape(-1), weight).tobytes()
-            parts = self._waiting(lambda: self._membership.aggregator.gather(place, content))
+            ranks = self._ranks_present()
+            gather = self._membership.aggregator.gather
+            parts = self._waiting(lambda: gather(place, content, ranks))
             total = np.sum([np.frombuffer(p) for p in parts], axis=0)
             array, weight = total[:-1].reshape(array.shape), float(total[-1])
         mean = array / weight if weight else np.full_like(array, np.nan)
@@ -306,12 +353,15 @@ class Session:
         checkpoint = None
         if self._objects:
             self._begin()
+            if not self._arrived:
+                raise UsageError(
+                    f"the training function was interrupted at {self._resume}, and has not come "
+                    "there again: its loops and epochs must be the same each time it runs"
+                )
             self._set_boundary(max(self._boundary, self._place))
-            if self._workers > 1:
-                self._objects.keep_light()
             checkpoint = self._membership.last_word(self._save)
         try:
-            json.dumps(value)
+            value = json.loads(json.dumps(value))
         except (TypeError, ValueError):
             value = None
         self._membership.tell(
@@ -324,74 +374,126 @@ class Session:
     # --- where the program is -----------------------------------------------------------------
 
     def _loop(self, data: DataIterator, fetch: Callable[[Any], Any]) -> Iterator[Any]:
-        number = self._place.loop + 1
-        epoch = self._place.epoch
-        first = 0
-        if self._resume.epoch == epoch and number in self._resume_trained:
-            first = self._resume.iteration if number == self._resume.loop else len(data)
-            self._trained.append(number)
+        if self._inside:
+            raise UsageError(
+                "two loops over batches() go on at the same time; to draw from two data sets in "
+                "one iteration, make one data set of both"
+            )
+        epoch, number = self._place.epoch, self._place.loop + 1
+        data = replace(data, epoch=epoch, loop=number)
+        first = self._first_iteration(data)
         self._move(Position(epoch, number, first), inside=True)
         finished = False
         try:
             for batch in data.minibatches(first):
                 self._move(Position(epoch, number, batch.iteration), inside=True)
+                self._synced = False
+                if self._objects and self._workers > 1:
+                    self._objects.watch()
                 yield from self._minibatch(batch, fetch)
                 if self._synced:
-                    self._note_training(number)
+                    self._note_training(epoch, number)
                     self._reach_boundary(Position(epoch, number, batch.iteration + 1))
                 self._tick()
             finished = True
         finally:  # also when the user breaks out of the loop
             self._batch = None
             if self._synced and not finished:
-                self._note_training(number)
+                self._note_training(epoch, number)
+            if (epoch, number) in self._trained and not finished and self._arrived:
                 self._set_boundary(Position(epoch, number, len(data)))
             self._move(Position(epoch, number, len(data)), inside=False)
             self._seed_generators("after")
 
+    def _first_iteration(self, data: DataIterator) -> int:
+        """Where a loop begins: what has trained before the program was interrupted is skipped."""
+        here = (data.epoch, data.loop)
+        resumed = here == (self._resume.epoch, self._resume.loop)
+        if resumed:
+            self._arrive()
+        if here not in self._resume_trained:
+            return 0
+        self._note_training(*here)
+        return self._resume.iteration if resumed else len(data)
+
     def _nested(self, data: DataIterator, fetch: Callable[[Any], Any]) -> Iterator[Any]:
         """A loop inside an iteration of another: evaluation in mid-epoch."""
-        outer, syncs = self._batch, (self._synced, self._syncs)
+        outer, syncs = (self._batch, self._everyone, self._within), self._syncs
+        nest = f"{self._within}n{self._count('nested')}"
         try:
             for batch in data.minibatches():
-                yield from self._minibatch(batch, fetch, "nested", self._nth, batch.iteration)
-                if (self._synced, self._syncs) != syncs:
+                # Places of their own: not every worker has a sample in every batch.
+                self._within = f"{nest}.{batch.iteration}."
+                yield from self._minibatch(batch, fetch, self._within, nested=True)
+                if self._syncs != syncs:
                     raise UsageError("a loop over batches inside another one must not train")
                 self._tick()
         finally:
-            self._batch = outer
-            self._seed_generators("after", self._nth)
+            self._batch, self._everyone, self._within = outer
+            self._seed_generators("after", nest)
 
     def _minibatch(
-        self, batch: Minibatch, fetch: Callable[[Any], Any], *where: int | str
+        self,
+        batch: Minibatch,
+        fetch: Callable[[Any], Any],
+        *where: int | str,
+        nested: bool = False,
     ) -> Iterator[Any]:
         self._batch = batch
         self._batch_size = batch.total
         self._seed_generators(*where)
         # Without a sample of its own a worker still takes part in training, not in evaluation.
-        if batch.samples or batch.shuffled or self._place.loop in self._trained:
+        self._everyone = not nested and self._may_train(batch)
+        if batch.samples or self._everyone:
             yield fetch(batch.indices)
         self._batch = None
 
-    def _note_training(self, loop: int) -> None:
-        if loop not in self._trained:
-            self._trained.append(loop)
+    def _may_train(self, batch: Minibatch) -> bool:
+        if (self._place.epoch, self._place.loop) in self._trained:
+            return True
+        if self._objects is None:
+            return False
+        return self._objects.training(assume=batch.shuffled)
+
+    def _ranks_present(self) -> list[int]:
+        """The workers that run the present piece of the program."""
+        ranks, batch = range(self._workers), self._batch
+        if batch is None or self._everyone:
+            return list(ranks)
+        parts = [part(0, batch.total, rank=r, workers=self._workers) for r in ranks]
+        return [r for r in ranks if parts[r][1] > parts[r][0]]
+
+    def _note_training(self, epoch: int, loop: int) -> None:
+        if (epoch, loop) not in self._trained:
+            self._trained.append((epoch, loop))
 
     def _begin_epoch(self, number: int, user_epoch: int) -> None:
-        self._user_epoch = user_epoch
-        self._move(Position(number), inside=False)
-        self._trained = []
-        if self._resume.epoch != number:
+        self._move_to_epoch(number, user_epoch)
+        if self._resume == self._place:
+            self._arrive()
+        elif self._arrived and self._resume.epoch != number:
             self._reach_boundary(self._place)
         self._seed_generators(shared=True)
 
-    def _move(self, position: Position, *, inside: bool) -> None:
-        self._place, self._inside, self._nth = position, inside, 0
+    def _move_to_epoch(self, number: int, user_epoch: int) -> None:
+        self._user_epoch = user_epoch
+        self._trained = [t for t in self._trained if t[0] in self._sections]
+        self._move(Position(number), inside=False)
 
-    def _next_place(self) -> str:
-        self._nth += 1
+    def _move(self, position: Position, *, inside: bool) -> None:
+        self._place, self._inside, self._within = position, inside, ""
+        self._counts = {}
+
+    def _next_place(self, what: str) -> str:
+        """Names the next report or mean. Each is counted by itself: some may be rank 0's alone."""
+        nth = self._count(what)
         where = self._place.iteration if self._inside else "after"
-        return f"{self._place.epoch}.{self._place.loop}.{where}.{self._nth}"
+        return f"{self._place.epoch}.{self._place.loop}.{where}.{self._within}{nth}"
+
+    def _count(self, what: str) -> int:
+        key = self._within + what
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return self._counts[key]
 
     def _seed_generators(self, *where: int | str, shared: bool = False) -> None:
         """Random numbers from here on are a function of the position (and of rank and size)."""
@@ -408,8 +510,11 @@ class Session:
         self._boundary = position
         self._boundary_syncs = self._syncs
         self._boundary_trained = list(self._trained)
+        self._boundary_reports = len(self._reports)
         self._calm += self._dirty
         self._synced = self._dirty = self._shadowed = False
+        if self._workers > 1 and self._objects is not None:
+            self._objects.keep_light()  # what is given away must be of this very boundary
 
     def _reach_boundary(self, position: Position) -> None:
         self._set_boundary(position)
@@ -417,8 +522,6 @@ class Session:
             return
         if self._leaving or self._should_leave():
             self._hand_over()
-        if self._workers > 1:
-            self._objects.keep_light()
         if self._rank == 0:
             self._maybe_checkpoint()
 
@@ -427,23 +530,47 @@ class Session:
     def _on_backward(self) -> None:
         """A backward pass has ended (with one worker: the optimizer has stepped)."""
         self._begin()
-        self._synced = True
-        if self._workers == 1 or self._objects is None:
+        if not self._arrived or self._objects is None:
             return
-        self._collective()
+        if self._workers > 1:
+            self._synchronise(self._objects)
+        self._synced = True
+        self._syncs += 1
+
+    def _synchronise(self, objects: Framework) -> None:
         batch = self._batch
+        if batch and not self._everyone and batch.total < self._workers:
+            raise UsageError(
+                f"a loop with shuffle=False trains on batches of {batch.total} samples with "
+                f"{self._workers} workers, while the model is in evaluation mode: call "
+                "model.train() before it"
+            )
+        self._collective()
         weight = batch.samples / batch.total if batch else 1.0 / self._workers
-        mine = self._objects.gradients()
+        mine = objects.gradients()
+        check = zlib.crc32(self._place.encode().encode(), mine.check)
         leave = self._leaving or self._time_is_up()
         total, self._leaving = self._waiting(
             lambda: self._membership.aggregator.reduce(
-                self._syncs, mine.vector, weight=weight, check=mine.check, leave=leave
+                self._syncs,
+                mine.vector,
+                weight=weight,
+                check=check,
+                leave=leave,
+                replay=self._boundary_syncs,
             )
         )
-        self._objects.replace_gradients(total)
-        self._syncs += 1
+        objects.replace_gradients(total)
+        self._about_to_change(objects)
+
+    def _on_step(self) -> None:
+        """A prepared optimizer is about to step."""
+        if self._workers > 1 and self._begun and self._arrived and self._objects is not None:
+            self._about_to_change(self._objects)
+
+    def _about_to_change(self, objects: Framework) -> None:
         if not self._dirty and self._calm < SHADOW_BOUNDARIES:
-            self._objects.keep_all()
+            objects.keep_all()
             self._shadowed = True
         self._dirty = True
 
@@ -456,13 +583,17 @@ class Session:
         begun = self._clock.monotonic()
         result = collective()
         now = self._clock.monotonic()
-        self._sync_s += now - begun
-        self._last_tick_s += now - begun  # waiting for others says nothing about this worker's pace
+        self._pace.sync_s += now - begun
+        self._pace.last_tick_s += (
+            now - begun
+        )  # waiting for others says nothing about this worker's pace
         return result
 
     # --- hand-over ------------------------------------------------------------------------------
 
     def _enter(self) -> None:
+        if self._left:  # the training function has caught Leave and goes on
+            raise Leave
         if self._entered:
             return
         self._entered = True
@@ -477,9 +608,21 @@ class Session:
         meta = read_meta(content)
         self._start = (key, content)
         self._resume = self._boundary = Position.decode(meta["position"])
-        self._resume_trained = self._boundary_trained = json.loads(meta["trained"])
+        self._resume_trained = [(epoch, loop) for epoch, loop in json.loads(meta["trained"])]
+        self._boundary_trained = self._resume_trained
+        self._arrived = self._resume == Position()
         self._syncs = self._boundary_syncs = int(meta["syncs"])
         self._reports = dict(json.loads(meta["reports"]))
+        self._boundary_reports = len(self._reports)
+
+    def _arrive(self) -> None:
+        """The program is back where it was interrupted: the state is again what it was there."""
+        if self._arrived or self._objects is None or self._start is None:
+            return
+        self._objects.load(self._start[1], 0, whole=True)
+        self._arrived, self._start = True, None
+        if self._workers > 1:
+            self._objects.keep_light()
 
     def _begin(self) -> None:
         """Before the first thing that depends on the state of the prepared objects."""
@@ -492,8 +635,9 @@ class Session:
         if self._start is None and self._workers > 1:
             key = self._membership.agree_on_init(self._save)
             if key is not None:
-                self._objects.load(self._checkpoints.load(key), 0)
-        self._start = None
+                self._objects.load(self._checkpoints.load(key), 0, whole=True)
+        if self._arrived:
+            self._start = None
         if self._workers > 1:
             self._objects.keep_light()
         self._begun = True
@@ -502,54 +646,76 @@ class Session:
 
     def _give(self) -> tuple[str | None, bool]:
         """A replacement asks for the state at the boundary."""
+        if self._start and not (self._begun and self._arrived):
+            return self._start[0], False
         if self._objects is None or not self._begun:
             return None, False
-        if self._dirty and not self._shadowed:
+        if not self._shadowed and (self._dirty or not self._objects.unchanged()):
             raise CannotGive
-        return self._save(kept=True), self._leaving
+        return self._save(kept=True), self._departing
 
     def _should_leave(self) -> bool:
         """With one worker nobody has to agree."""
         if self._workers > 1:
             return False
+        if self._time_is_up():
+            return True
         now = self._clock.monotonic()
-        due = now - self._last_progress_s >= self._spec.progress_s
-        return self._time_is_up() or (due and self._membership.asked_to_leave())
+        if now - self._pace.last_asked_s < self._spec.progress_s:
+            return False
+        self._pace.last_asked_s = now
+        return self._membership.asked_to_leave()
 
     def _time_is_up(self) -> bool:
-        left = self._started_s + self._spec.timeout_s - self._clock.monotonic()
-        reserve = TIME_LIMIT_MARGIN_S + 3 * (self._slowest_s + self._checkpoint_cost_s)
+        assert self._home is not None
+        begun_s = self._home.started_s
+        invoked_s = self._pace.started_s if begun_s is None else begun_s
+        left = invoked_s + self._spec.timeout_s - self._clock.monotonic()
+        reserve = TIME_LIMIT_MARGIN_S + 3 * (self._pace.slowest_s + self._pace.checkpoint_cost_s)
         return left < min(reserve, self._spec.timeout_s / 2)
 
     def _hand_over(self) -> None:
+        self._departing = True
         key = self._membership.last_word(self._save)
         self._membership.tell(wire.HandedOver, checkpoint=key)
+        self._left = True
         raise Leave
 
     def _maybe_checkpoint(self) -> None:
         now = self._clock.monotonic()
-        pause = max(self._spec.checkpoint_s, self._checkpoint_cost_s / self._spec.checkpoint_share)
-        if now - self._last_checkpoint_s < pause:
+        pause = max(
+            self._spec.checkpoint_s, self._pace.checkpoint_cost_s / self._spec.checkpoint_share
+        )
+        if now - self._pace.last_checkpoint_s < pause:
             return
         key = self._save()
-        self._last_checkpoint_s = self._clock.monotonic()
+        self._pace.last_checkpoint_s = self._clock.monotonic()
         self._membership.tell(wire.Saved, checkpoint=key)
 
     def _save(self, *, kept: bool = False) -> str:
         assert self._objects is not None
+        if self._start and not self._arrived:
+            return self._start[0]
         begun = self._clock.monotonic()
         meta = {
             "position": self._boundary.encode(),
             "trained": json.dumps(self._boundary_trained),
             "syncs": str(self._boundary_syncs),
-            "reports": json.dumps(list(self._reports.items())),
+            "reports": json.dumps(self._reports_to_save()),
         }
         content = self._objects.save(meta, kept=kept)
         key = self._checkpoints.save(self._boundary, content)
         cost = self._clock.monotonic() - begun
-        self._checkpoint_cost_s = cost
-        self._last_tick_s += cost
+        self._pace.checkpoint_cost_s = cost
+        self._pace.last_tick_s += cost
         return key
+
+    def _reports_to_save(self) -> list[tuple[str, dict[str, Any]]]:
+        """Rank 0's reports up to the boundary; it makes those that come after it again."""
+        if self._rank == 0:
+            return list(self._reports.items())[: self._boundary_reports]
+        told = self._membership.kept_reports()
+        return list((self._reports if told is None else told).items())
 
     # --- signs of life --------------------------------------------------------------------------
 
@@ -560,12 +726,14 @@ class Session:
 
     def _tick(self) -> None:
         """After every iteration."""
-        self._iterations += 1
+        self._pace.iterations += 1
         now = self._clock.monotonic()
-        self._slowest_s = max(self._slowest_s, now - self._last_tick_s)
-        self._last_tick_s = now
+        self._pace.slowest_s = max(self._pace.slowest_s, now - self._pace.last_tick_s)
+        self._pace.last_tick_s = now
         # The first iterations are told at once: until then nobody knows what pace to expect.
-        due = self._iterations <= 2 or now - self._last_progress_s >= self._spec.progress_s
+        due = (
+            self._pace.iterations <= 2 or now - self._pace.last_progress_s >= self._spec.progress_s
+        )
         if self._home and due:
             if self._workers == 1 and self._objects is None:
                 self._membership.asked_to_leave()  # notices a closed generation
@@ -573,14 +741,14 @@ class Session:
 
     def _sign_of_life(self, *, waiting: bool = True) -> None:
         now = self._clock.monotonic()
-        self._last_progress_s = now
+        self._pace.last_progress_s = now
         self._membership.tell(
             wire.Progress,
             position=self._place.encode(),
-            iterations=self._iterations,
-            busy_s=now - self._started_s,
-            sync_s=self._sync_s,
-            slowest_s=self._slowest_s,
+            iterations=self._pace.iterations,
+            busy_s=now - self._pace.started_s,
+            sync_s=self._pace.sync_s,
+            slowest_s=self._pace.slowest_s,
             batch=self._batch_size,
             peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             waiting=waiting,
@@ -594,7 +762,9 @@ class Session:
                 f"no data set {name!r} was uploaded to the fleet (uploaded: {known}); call "
                 f"fleet.upload({name!r}, arrays) before submitting"
             )
-        return UploadedDataset(self._home.object_store, datasets[name])
+        if name not in self._datasets:  # kept with the shards that it has fetched
+            self._datasets[name] = UploadedDataset(self._home.object_store, datasets[name])
+        return self._datasets[name]
 
 
 def _framework() -> Framework:
@@ -619,13 +789,21 @@ def _whole(value: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    return value.detach().double().cpu().numpy() if hasattr(value, "detach") else value
+
+
+def _item(value: Any) -> Any:
+    """The one number in an array or tensor; anything else as it is."""
+    try:
+        return value.item()
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return value
 
 
 def _plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     plain, mistakes = {}, []
     for name, value in metrics.items():
-        item = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
+        item = _item(value)
         if item is not None and not isinstance(item, bool | int | float | str):
             mistakes.append(
                 f"report({name}=...): a {type(value).__name__} is no metric; give a number, a "

@@ -1,7 +1,8 @@
 """Entry of one invocation: everything that a function does, on any platform."""
 
 import hashlib
-import sys
+import importlib
+import importlib.util
 import traceback
 from typing import Any
 
@@ -16,6 +17,7 @@ from smlt_tune.errors import (
 )
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.aggregator import TTL_S, Superseded
+from smlt_tune.runtime.clock import SYSTEM_CLOCK
 from smlt_tune.runtime.handover import Leave
 from smlt_tune.runtime.session import Home, Session
 from smlt_tune.runtime.stores.base import ObjectStore
@@ -29,6 +31,7 @@ def run(payload: bytes) -> None:
     Args:
         payload: Encoded :class:`~smlt_tune.runtime.wire.WorkerSpec`.
     """
+    started_s = SYSTEM_CLOCK.monotonic()
     spec = wire.WorkerSpec.decode(payload)
     parameter_store = open_parameter_store(spec.parameter_store)
 
@@ -41,7 +44,7 @@ def run(payload: bytes) -> None:
     try:
         store = open_object_store(spec.object_store, spec.store_options)
         metered = MeteredObjectStore(store, max_puts=spec.max_puts, max_gets=spec.max_gets)
-        _train(spec, Home(spec, parameter_store, metered))
+        _train(spec, Home(spec, parameter_store, metered, started_s))
     except (Leave, Superseded):
         pass  # what there was to say has been said
     except BaseException as error:  # noqa: BLE001 - the boundary of the process: tell, do not die
@@ -60,9 +63,9 @@ def run(payload: bytes) -> None:
 
 
 def _train(spec: wire.WorkerSpec, home: Home) -> None:
+    _prepare_torch(spec.vcpus)
     function = _load(home.object_store, spec.function)
     config = _load(home.object_store, spec.config)
-    _set_threads(spec.vcpus)
     with Session(home) as session:
         value = function(config)
         session.finish(value)
@@ -79,9 +82,14 @@ def _load(store: ObjectStore, digest: str) -> Any:
     return cloudpickle.loads(content)
 
 
-def _set_threads(vcpus: float) -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None:
+def _prepare_torch(vcpus: float) -> None:
+    """Loads PyTorch before the session seeds its generator and before it makes its threads.
+
+    A training function that imports it itself would otherwise get other initial weights, and sums
+    of another rounding, from a function that is warm than from one that is cold.
+    """
+    if importlib.util.find_spec("torch") is not None:
+        torch = importlib.import_module("torch")
         torch.set_num_threads(max(1, int(vcpus)))
 
 

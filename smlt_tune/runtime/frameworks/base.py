@@ -36,7 +36,20 @@ class Framework(Protocol):
 
         Args:
             callback: May replace the gradients.
-            every_gradient: Otherwise a call once per optimizer step is enough.
+            every_gradient: Otherwise a call once per optimizer step is enough, if there is one.
+        """
+
+    def on_step(self, callback: Callable[[], None]) -> None:
+        """Calls back before every step of a prepared optimizer."""
+
+    def watch(self) -> None:
+        """Notices parameters that need a gradient only now."""
+
+    def training(self, *, assume: bool) -> bool:
+        """Whether what runs now may be training.
+
+        Args:
+            assume: It is, if it can be. Otherwise only if the prepared objects look like it.
         """
 
     def gradients(self) -> Gradients:
@@ -47,6 +60,9 @@ class Framework(Protocol):
 
     def keep_light(self) -> None:
         """Remembers what may change before the next optimizer step: buffers, hyper-parameters."""
+
+    def unchanged(self) -> bool:
+        """Whether what :meth:`keep_light` has left out is still as it was then."""
 
     def keep_all(self) -> None:
         """Remembers everything, because the optimizer is about to step."""
@@ -59,8 +75,14 @@ class Framework(Protocol):
             kept: Of the remembered state instead of the present one.
         """
 
-    def load(self, content: bytes, first: int) -> None:
-        """Restores the objects from the ``first``-th on from a checkpoint."""
+    def load(self, content: bytes, first: int, *, whole: bool) -> None:
+        """Restores objects from a checkpoint.
+
+        Args:
+            content: What :meth:`save` gave.
+            first: Number of the first object to restore.
+            whole: Nothing else will be added: the checkpoint must hold exactly these objects.
+        """
 
     def as_native(self, arrays: Any) -> Any:
         """Numpy arrays as the framework's tensors."""

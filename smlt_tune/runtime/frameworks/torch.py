@@ -1,17 +1,21 @@
 """PyTorch: gradients from hooks, state as safetensors.
 
 Rule for buffers (batch norm's running statistics, say): floating-point buffers are averaged over
-the workers, weighted by samples, together with the gradients. Others (``num_batches_tracked``) are
-expected to change alike everywhere and are not exchanged; checkpoints hold all of them.
+the workers, weighted by samples, together with the gradients. One that no worker has changed since
+the last synchronisation keeps its value to the bit. Others (``num_batches_tracked``) are expected
+to change alike everywhere and are not exchanged; checkpoints hold all of them.
 
-Gradients are part of the state only while they accumulate over several iterations, that is, if no
-prepared optimizer has stepped since the last backward pass.
+A gradient is part of the state unless it is what a prepared optimizer has last stepped with: it may
+be accumulated over several iterations.
 """
 
 import copy
 import json
+import weakref
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ from smlt_tune.runtime.frameworks.base import Gradients
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
 _TUPLE = "__tuple__"
+_COUNTER = "__counter__"
 
 
 class TorchObjects:
@@ -36,15 +41,24 @@ class TorchObjects:
         self._objects: list[Any] = []
         self._parameters: list[torch.nn.Parameter] = []
         self._numbers: dict[int, int] = {}
-        self._buffers: list[torch.Tensor] = []
+        self._modules: dict[int, torch.nn.Module] = {}
         self._callback: Callable[[], None] | None = None
+        self._before_step: Callable[[], None] | None = None
         self._every_gradient = False
+        self._watched: set[int] = set()
+        # The backward pass that is under way: passes can be nested (checkpointed activations).
+        self._passes: set[int] = set()
         self._touched: set[int] = set()
         self._sources: list[torch.Tensor] = []
-        self._accumulating = False
+        self._buffers: list[torch.Tensor] = []
+        self._synced_buffers: list[torch.Tensor] = []
+        # By parameter, the gradient that an optimizer has stepped with, and its version then.
+        self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        # What was remembered.
         self._light: list[Any] | None = None
         self._all: list[Any] | None = None
         self._kept_gradients: dict[int, torch.Tensor] = {}
+        self._versions: list[int] = []
 
     def add(self, objects: tuple[Any, ...]) -> None:  # noqa: D102
         mistakes = [
@@ -58,47 +72,71 @@ class TorchObjects:
         self._objects += objects
         for thing in objects:
             if isinstance(thing, torch.nn.Module):
-                self._buffers += [b for b in thing.buffers() if b.is_floating_point()]
+                self._modules.update((id(module), module) for module in thing.modules())
                 self._adopt(thing.parameters())
             elif isinstance(thing, torch.optim.Optimizer):
                 self._adopt(p for group in thing.param_groups for p in group["params"])
                 self._watch_steps(thing)
+        self.watch()
 
     def on_backward(self, callback: Callable[[], None], *, every_gradient: bool) -> None:  # noqa: D102
         self._callback = callback
         self._every_gradient = every_gradient
-        if every_gradient:
-            for parameter in self._parameters:
-                self._watch_gradient(parameter)
+        self.watch()
+
+    def on_step(self, callback: Callable[[], None]) -> None:  # noqa: D102
+        self._before_step = callback
+
+    def watch(self) -> None:  # noqa: D102
+        if self._callback is None or (not self._every_gradient and self._optimizers()):
+            return
+        for number, parameter in enumerate(self._parameters):
+            if parameter.requires_grad and number not in self._watched:
+                self._watch_gradient(number)
+
+    def training(self, *, assume: bool) -> bool:  # noqa: D102
+        modules = [thing for thing in self._objects if isinstance(thing, torch.nn.Module)]
+        return torch.is_grad_enabled() and (assume or any(m.training for m in modules))
 
     def gradients(self) -> Gradients:  # noqa: D102
-        numbers = sorted(self._touched)
+        touched = [n for n in sorted(self._touched) if self._parameters[n].grad is not None]
         self._touched.clear()
-        self._accumulating = True
-        gradients = [self._parameters[i].grad for i in numbers]
-        if any(g is not None and g.is_sparse for g in gradients):
+        gradients = [g for n in touched if (g := self._parameters[n].grad) is not None]
+        if any(g.is_sparse for g in gradients):
             raise UsageError("sparse gradients cannot be synchronised: use sparse=False")
-        self._sources = [g for g in gradients if g is not None]
-        self._sources += self._buffers
+        self._buffers = self._floating_buffers()
+        self._sources = [_real(source) for source in [*gradients, *self._buffers]]
         double = any(source.dtype == torch.float64 for source in self._sources)
         dtype = torch.float64 if double else torch.float32
+        changed = torch.tensor(self._changed_buffers(), dtype=dtype)
         with torch.no_grad():
-            flat = torch.cat([source.detach().reshape(-1).to(dtype) for source in self._sources])
-        made_of = json.dumps([numbers, len(self._buffers), str(dtype)]).encode()
+            flat = torch.cat([*(s.detach().reshape(-1).to(dtype) for s in self._sources), changed])
+        made_of = json.dumps([touched, len(self._buffers), str(dtype)]).encode()
         return Gradients(flat.numpy(), zlib.crc32(made_of))
 
     def replace_gradients(self, vector: NDArray[np.floating[Any]]) -> None:  # noqa: D102
-        flat = torch.from_numpy(vector)
         sizes = [source.numel() for source in self._sources]
+        *parts, changed = torch.split(torch.from_numpy(vector), [*sizes, len(self._buffers)])
+        first = len(self._sources) - len(self._buffers)
         with torch.no_grad():
-            for source, values in zip(self._sources, torch.split(flat, sizes), strict=True):
-                source.copy_(values.view_as(source))
-        self._sources = []
+            for i, (source, values) in enumerate(zip(self._sources, parts, strict=True)):
+                if i >= first and not changed[i - first]:
+                    source.copy_(self._synced_buffers[i - first])
+                else:
+                    source.copy_(values.view_as(source))
+            self._synced_buffers = [buffer.clone() for buffer in self._buffers]
+        self._sources, self._buffers = [], []
 
     def keep_light(self) -> None:  # noqa: D102
         self._light = [_light(thing) for thing in self._objects]
         self._all = None
         self._kept_gradients = {n: g.clone() for n, g in self._gradients_to_keep().items()}
+        self._versions = self._present_versions()
+        if not self._synced_buffers:
+            self._synced_buffers = [buffer.clone() for buffer in self._floating_buffers()]
+
+    def unchanged(self) -> bool:  # noqa: D102
+        return self._versions == self._present_versions()
 
     def keep_all(self) -> None:  # noqa: D102
         self._all = [_clone(state) for state in self._states(kept=True)]
@@ -114,66 +152,102 @@ class TorchObjects:
         }
         return save_tensors(_unshared(tensors), {**meta, **extra})
 
-    def load(self, content: bytes, first: int) -> None:  # noqa: D102
+    def load(self, content: bytes, first: int, *, whole: bool) -> None:  # noqa: D102
         from smlt_tune.runtime.frameworks.base import read_meta
 
         tensors = load_tensors(content)
         meta = read_meta(content)
         shape = json.loads(meta["objects"])
-        if len(shape) < len(self._objects):
+        if len(shape) < len(self._objects) or (whole and len(shape) > len(self._objects)):
             raise UsageError(
                 f"the checkpoint holds {len(shape)} objects, but prepare() was given "
                 f"{len(self._objects)}: a training function must prepare the same each time"
             )
         for thing, state in list(zip(self._objects, shape, strict=False))[first:]:
             thing.load_state_dict(_unflatten(state, tensors))
-        for number, gradient in _unflatten(json.loads(meta["gradients"]), tensors).items():
-            if number < len(self._parameters):
-                self._parameters[number].grad = gradient
-                self._accumulating = True
+        gradients = _unflatten(json.loads(meta["gradients"]), tensors)
+        for number, parameter in enumerate(self._parameters):
+            parameter.grad = gradients.get(number)
+        self._used.clear()
+        self._synced_buffers = []
 
     def as_native(self, arrays: Any) -> Any:  # noqa: D102
         return torch.from_numpy(arrays) if isinstance(arrays, np.ndarray) else arrays
 
     def _adopt(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         for parameter in parameters:
-            if parameter.requires_grad and id(parameter) not in self._numbers:
+            if id(parameter) not in self._numbers:
                 self._numbers[id(parameter)] = len(self._parameters)
                 self._parameters.append(parameter)
-                if self._callback and self._every_gradient:
-                    self._watch_gradient(parameter)
 
-    def _watch_gradient(self, parameter: torch.nn.Parameter) -> None:
-        number = self._numbers[id(parameter)]
-
+    def _watch_gradient(self, number: int) -> None:
         def accumulated(_: torch.Tensor) -> None:
-            if not self._touched:  # the first gradient of this backward pass
+            # A pass that raised has never called back; so its name, and not whether there are
+            # gradients that wait, tells if this is the first one of a pass.
+            name = torch._C._current_graph_task_id()
+            if name not in self._passes:
+                self._passes.add(name)
                 engine = torch.autograd.Variable._execution_engine
-                engine.queue_callback(self._backward_ended)
+                engine.queue_callback(partial(self._backward_ended, name))
             self._touched.add(number)
 
+        self._watched.add(number)
+        parameter = self._parameters[number]
         parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
 
-    def _backward_ended(self) -> None:
-        if self._callback is not None:
+    def _backward_ended(self, name: int) -> None:
+        self._passes.discard(name)
+        known = set(self._watched)
+        self.watch()
+        fresh = self._watched - known  # unfrozen just before this pass
+        self._touched |= {n for n in fresh if self._parameters[n].grad is not None}
+        if self._callback is not None and self._touched:
             self._callback()
+            self._touched.clear()
 
     def _watch_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        def steps(*_: Any) -> None:
+            if self._before_step:
+                self._before_step()
+
         def stepped(*_: Any) -> None:
-            self._accumulating = False
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    gradient, number = parameter.grad, self._numbers.get(id(parameter))
+                    if number is not None and gradient is not None:
+                        self._used[number] = (weakref.ref(gradient), gradient._version)
             if self._callback and not self._every_gradient:
                 self._callback()
 
+        optimizer.register_step_pre_hook(steps)
         optimizer.register_step_post_hook(stepped)
 
     def _gradients_to_keep(self) -> dict[int, torch.Tensor]:
-        if not (self._accumulating and self._has_optimizer()):
-            return {}
-        pairs = enumerate(self._parameters)
-        return {number: p.grad.detach() for number, p in pairs if p.grad is not None}
+        found = {}
+        for number, parameter in enumerate(self._parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            used, version = self._used.get(number, (None, 0))
+            if used is None or used() is not gradient or gradient._version != version:
+                found[number] = gradient.detach()
+        return found
 
-    def _has_optimizer(self) -> bool:
+    def _optimizers(self) -> bool:
         return any(isinstance(o, torch.optim.Optimizer) for o in self._objects)
+
+    def _floating_buffers(self) -> list[torch.Tensor]:
+        """Each once; looked up anew, because a module may put another tensor in their place."""
+        found = {id(b): b for m in self._modules.values() for b in m._buffers.values()}
+        return [b for b in found.values() if b is not None and b.is_floating_point()]
+
+    def _changed_buffers(self) -> list[bool]:
+        known = [*self._synced_buffers, *[None] * len(self._buffers)]
+        pairs = zip(self._buffers, known, strict=False)
+        return [old is None or not torch.equal(old, new) for new, old in pairs]
+
+    def _present_versions(self) -> list[int]:
+        return [parameter._version for parameter in self._parameters]
 
     def _states(self, *, kept: bool) -> list[Any]:
         if kept and self._all is not None:
@@ -187,12 +261,14 @@ class TorchObjects:
 
 def _light(thing: Any) -> Any:
     if isinstance(thing, torch.nn.Module):
-        return {name: buffer.clone() for name, buffer in thing.named_buffers()}
+        return {n: b.clone() for n, b in thing.named_buffers(remove_duplicate=False)}
     if isinstance(thing, torch.optim.Optimizer):
-        return [
-            {k: copy.copy(v) for k, v in g.items() if k != "params"} for g in thing.param_groups
-        ]
-    return copy.deepcopy(thing.state_dict())
+        return [{k: _clone(v) for k, v in g.items() if k != "params"} for g in thing.param_groups]
+    return _clone(thing.state_dict())
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _merge(thing: Any, state: Any, light: Any) -> Any:
@@ -208,6 +284,8 @@ def _merge(thing: Any, state: Any, light: Any) -> Any:
 def _clone(state: Any) -> Any:
     if isinstance(state, torch.Tensor):
         return state.detach().clone()
+    if isinstance(state, Counter):
+        return state.copy()
     if isinstance(state, Mapping):
         return {key: _clone(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
@@ -218,11 +296,13 @@ def _clone(state: Any) -> Any:
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Structure of a state dict as JSON; its tensors go to ``tensors``."""
     if isinstance(value, torch.Tensor):
+        while name in tensors:  # {"a.b": ..., "a": {"b": ...}}
+            name += "'"
         tensors[name] = value.detach()
         return {_TENSOR: name}
-    if isinstance(value, Mapping):
-        pairs = [(k, _flatten(v, f"{name}.{k}", tensors)) for k, v in value.items()]
-        return {_PAIRS: [[k, v] for k, v in pairs]}
+    if isinstance(value, Mapping) and all(isinstance(k, str | int | float) for k in value):
+        pairs = [[k, _flatten(v, f"{name}.{k}", tensors)] for k, v in value.items()]
+        return {_COUNTER if isinstance(value, Counter) else _PAIRS: pairs}
     if isinstance(value, list | tuple):
         items = [_flatten(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
@@ -244,7 +324,9 @@ def _unflatten(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return tensors[value[_TENSOR]]
         if _TUPLE in value:
             return tuple(_unflatten(v, tensors) for v in value[_TUPLE])
-        return {k: _unflatten(v, tensors) for k, v in value[_PAIRS]}
+        pairs = value[_COUNTER] if _COUNTER in value else value[_PAIRS]
+        found = {k: _unflatten(v, tensors) for k, v in pairs}
+        return Counter(found) if _COUNTER in value else found
     return value
 
 
