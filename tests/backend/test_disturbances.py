@@ -1,4 +1,4 @@
-"""Everything at once: kills, freezes, short time limits and double deliveries, in random mixtures."""
+"""Kills, freezes, short time limits and double deliveries at once, in random mixtures."""
 
 import contextlib
 import os
