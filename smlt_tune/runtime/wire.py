@@ -58,7 +58,7 @@ def _decode(data: bytes) -> Message:
             f"message of version {version}, this release speaks version {VERSION}: "
             "client and workers must run the same release of smlt_tune"
         )
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise InvalidInput(f"unknown kind of message {kind!r}")
     cls = _KINDS[kind]
     known = {f.name for f in fields(cls)}
