@@ -106,7 +106,13 @@ class ArtifactManager:
 
 
 def _array(name: str, value: Any) -> NDArray[Any]:
-    array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+    try:
+        array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+        encode_shard([array[:0]] if array.ndim else [])
+    except Exception as error:
+        raise InvalidInput(
+            f"data set {name!r}: {type(value).__name__} is no array of numbers: {error}"
+        ) from error
     if array.dtype.hasobject or array.ndim == 0:
         raise InvalidInput(
             f"data set {name!r}: {type(value).__name__} of dtype {array.dtype} is no array of "
@@ -131,9 +137,10 @@ def _mistakes(name: str, arrays: list[NDArray[Any]]) -> list[str]:
 def _by_value() -> Iterator[None]:
     """Within it, cloudpickle takes the user's own modules along instead of naming them."""
     with _PICKLING:
-        modules = [m for m in list(sys.modules.values()) if _is_users(m)]
+        # By name: a module may stand in sys.modules more than once.
+        modules = {m.__name__: m for m in list(sys.modules.values()) if _is_users(m)}
         registered = cloudpickle.list_registry_pickle_by_value()
-        fresh = [m for m in modules if m.__name__ not in registered]
+        fresh = [m for name, m in modules.items() if name not in registered]
         for module in fresh:
             cloudpickle.register_pickle_by_value(module)
         try:
@@ -144,10 +151,13 @@ def _by_value() -> Iterator[None]:
 
 
 def _is_users(module: Any) -> bool:
-    file = getattr(module, "__file__", None)
-    if not isinstance(module, ModuleType) or not file or module.__name__ == "__main__":
+    if not isinstance(module, ModuleType):
         return False
-    if module.__name__.partition(".")[0] == "smlt_tune" or module.__name__ not in sys.modules:
+    facts = object.__getattribute__(module, "__dict__")  # wakes no lazy module up
+    name, file = facts.get("__name__"), facts.get("__file__")
+    if not isinstance(name, str) or not isinstance(file, str) or name == "__main__":
+        return False
+    if name.partition(".")[0] == "smlt_tune" or name not in sys.modules:
         return False
     return _outside_packages(file)
 
