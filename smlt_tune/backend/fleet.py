@@ -36,7 +36,7 @@ from smlt_tune.backend.resource_manager.policy import (
     check,
 )
 from smlt_tune.backend.store_costs import PaidObjectStore, StoreCosts
-from smlt_tune.backend.task_scheduler import Settings, TaskScheduler
+from smlt_tune.backend.task_scheduler import Settings, TaskScheduler, usable
 from smlt_tune.errors import FleetClosed, InvalidInput, SmltError, StoreUnavailable
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
@@ -53,6 +53,8 @@ TICK_S = 0.1
 FIRST_TRY_S = 3.0
 #: How long one read of the workers' events blocks, in seconds.
 READ_S = 0.5
+#: Most events that are read at once.
+READ_LIMIT = 1000
 
 
 class Fleet:
@@ -165,7 +167,9 @@ class Fleet:
                 self._ledger, parts.prices, parameter_store_price, clock, self._out_of_money
             )
             self._states: dict[str, JobState] = {}
-            self._lock = threading.Lock()
+            # Both may be asked for again by a signal's handler that calls close().
+            self._lock, self._close_lock = threading.RLock(), threading.RLock()
+            self._shut = self._freed = False
             self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
             self._closing = threading.Event()
             self._seen = (0, 0)
@@ -174,14 +178,7 @@ class Fleet:
             if not parts.known:
                 parts.history.append("fleet", "", {"name": self._name})
             self._resources = stack.pop_all()
-        for state, number in unfinished:
-            self._queue.put(partial(self._scheduler.submit, state, next_number=number))
-        self._threads = [
-            threading.Thread(target=self._schedule, name="smlt-scheduler", daemon=True),
-            threading.Thread(target=self._listen, name="smlt-events", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._begin(unfinished)
 
     @classmethod
     def open(cls, path: str | Path, **options: Any) -> Self:
@@ -248,7 +245,7 @@ class Fleet:
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
-        return self._closing.is_set()
+        return self._shut
 
     def submit(
         self,
@@ -284,13 +281,13 @@ class Fleet:
             FleetClosed: The fleet was closed.
         """
         self._check_open()
-        if name is not None and name in self._states:
+        if isinstance(name, str) and name in self._states:
             return self._job(self._states[name])
         bounds = Bounds(workers, memory_mb, min_workers, max_workers)
         wanted = Cheapest() if goal is None else goal
-        job_id = name if name is not None else f"job-{len(self._states):04d}"
+        job_id = self._free_name() if name is None else name
         mistakes = _submit_mistakes(train, job_id, seed, shards)
-        mistakes += check(JobFacts(job_id, self._platform.limits, wanted, bounds))
+        mistakes += check(JobFacts(job_id, usable(self._platform.limits), wanted, bounds))
         function = digest = ""
         with _collected(mistakes):
             function = self._artifacts.store_code(train, "the training function")
@@ -298,13 +295,16 @@ class Fleet:
             digest = self._artifacts.store_code(config, "the configuration")
         if mistakes:
             raise InvalidInput(mistakes)
-        spec = JobSpec(job_id, function, digest, seed, bounds, wanted, shards)
         with self._lock:
-            if job_id in self._states:
+            self._check_open()
+            if name is None:
+                job_id = self._free_name()  # another thread may have taken the one above
+            elif job_id in self._states:
                 return self._job(self._states[job_id])
+            spec = JobSpec(job_id, function, digest, seed, bounds, wanted, shards)
+            self._history.append("job", job_id, spec.to_json())
             state = self._states[job_id] = JobState(spec)
-        self._history.append("job", job_id, spec.to_json())
-        self._queue.put(partial(self._scheduler.submit, state))
+            self._queue.put(partial(self._scheduler.submit, state))
         return self._job(state)
 
     def jobs(self) -> list[Job]:
@@ -328,24 +328,44 @@ class Fleet:
         )
 
     def close(self) -> None:
-        """Stops what still runs, waits until it is gone, frees everything. Idempotent."""
-        if self._closing.is_set():
-            return
-        for state in list(self._states.values()):
-            self._queue.put(
-                partial(self._scheduler.stop, state.spec.job_id, "the fleet was closed")
-            )
-        self._queue.put(self._closing.set)
-        for thread in self._threads:
-            thread.join()
-        self._costs.end()
-        if isinstance(self._objects, PaidObjectStore):
-            self._objects.settle()
+        """Stops what still runs, waits until it is gone, frees everything. Idempotent.
+
+        If it is interrupted, call it again: it goes on where it was.
+        """
+        with self._close_lock:
+            with self._lock:  # whatever was submitted is in the queue, nothing follows
+                self._shut = True
+                for job_id in [] if self._freed else list(self._states):
+                    self._queue.put(partial(self._scheduler.stop, job_id, "the fleet was closed"))
+                self._queue.put(self._closing.set)
+            for thread in self._threads:
+                if thread.ident is not None:  # it was started
+                    thread.join()
+            if self._freed:
+                return
+            self._costs.end()
+            if isinstance(self._objects, PaidObjectStore):
+                self._objects.settle()
+            try:
+                self._store.delete_prefix(keys.FleetKeys(self._name).prefix)
+            except SmltError as error:
+                _LOG.warning("could not clean up the parameter store: %s", error)
+            self._freed = True
+            self._resources.close()
+
+    def _begin(self, unfinished: list[tuple[JobState, int]]) -> None:
+        for state, number in unfinished:
+            self._queue.put(partial(self._scheduler.submit, state, next_number=number))
+        self._threads = [
+            threading.Thread(target=self._schedule, name="smlt-scheduler", daemon=True),
+            threading.Thread(target=self._listen, name="smlt-events", daemon=True),
+        ]
         try:
-            self._store.delete_prefix(keys.FleetKeys(self._name).prefix)
-        except SmltError as error:
-            _LOG.warning("could not clean up the parameter store: %s", error)
-        self._resources.close()
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.close()
+            raise
 
     # --- the scheduler's thread -------------------------------------------------------------------
 
@@ -372,7 +392,10 @@ class Fleet:
         except Exception as error:  # noqa: BLE001 - the boundary of the thread
             if not isinstance(error, StoreUnavailable):
                 _LOG.exception("the scheduler failed; its jobs are stopped")
-            self._scheduler.abandon(error)
+            try:
+                self._scheduler.abandon(error)
+            except Exception:  # noqa: BLE001 - what is left is tried again
+                _LOG.exception("the scheduler could not stop its jobs")
 
     def _ended(self, result: InvocationResult) -> None:
         """Called by the platform, from any thread."""
@@ -382,7 +405,11 @@ class Fleet:
         """Handles what a worker said last before the news of its end."""
         events = keys.FleetKeys(self._name).events
         with suppress(StoreUnavailable):
-            self._on_events(self._store.read(events, "{}-{}".format(*self._seen), timeout_s=0.0))
+            messages = [("", b"")] * READ_LIMIT
+            while len(messages) == READ_LIMIT:
+                after = "{}-{}".format(*self._seen)
+                messages = self._store.read(events, after, timeout_s=0.0, limit=READ_LIMIT)
+                self._on_events(messages)
         self._scheduler.ended(result)
 
     def _out_of_money(self) -> None:
@@ -446,6 +473,12 @@ class Fleet:
 
     # --- small things -----------------------------------------------------------------------------
 
+    def _free_name(self) -> str:
+        number = len(self._states)
+        while f"job-{number:04d}" in self._states:
+            number += 1
+        return f"job-{number:04d}"
+
     def _check_open(self) -> None:
         if self.closed:
             raise FleetClosed(
@@ -465,7 +498,7 @@ class Fleet:
     def _resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
         spec = self._states[job_id].spec
         bounds = Bounds(workers, memory_mb)
-        mistakes = check(JobFacts(job_id, self._platform.limits, spec.goal, bounds))
+        mistakes = check(JobFacts(job_id, usable(self._platform.limits), spec.goal, bounds))
         if workers is None and memory_mb is None:
             mistakes.append("resize() needs workers=, memory_mb=, or both")
         if mistakes:

@@ -41,6 +41,7 @@ class StoreCosts:
         self._out_of_money = out_of_money
         self._open: str | None = None
         self._ends_s = 0.0
+        self._given_back = False
 
     def begin(self) -> None:
         """Reserves the first step.
@@ -49,16 +50,19 @@ class StoreCosts:
             BudgetExhausted: The budget does not cover it.
         """
         if self._step_usd:
-            self._reserve()
+            self._reserve(self._clock.monotonic())
 
     def tick(self) -> None:
         """Time has passed: a step that is over is settled, the next one reserved ahead of it."""
+        if self._given_back:
+            self._out_of_money()  # for those who have come since
         if self._open is None or self._clock.monotonic() < self._ends_s:
             return
         self.end()
         try:
-            self._reserve()
+            self._reserve(self._ends_s)
         except BudgetExhausted:
+            self._given_back = True
             self._out_of_money()
 
     def end(self) -> None:
@@ -67,12 +71,12 @@ class StoreCosts:
             self._ledger.settle(self._open, self._step_usd)
             self._open = None
 
-    def _reserve(self) -> None:
+    def _reserve(self, begins_s: float) -> None:
         number = sum(e.entry_id.startswith("parameter-store.") for e in self._ledger.entries())
         name = f"parameter-store.{number}"
         what = f"the parameter store ({self._row}) for {self._step_s / 3600.0:g} h"
         self._ledger.reserve(name, "", self._step_usd, what)
-        self._open, self._ends_s = name, self._clock.monotonic() + self._step_s
+        self._open, self._ends_s = name, begins_s + self._step_s
 
 
 class PaidObjectStore:

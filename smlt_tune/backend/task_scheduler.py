@@ -456,6 +456,8 @@ class TaskScheduler:
                 self._check_hangs(job, now)
                 self._plan_hand_over(job, now)
             self._kill_stragglers(job, now)
+            if job.ending:
+                self._sweep(job)
         if now >= self._retry_s:
             self._admit()
 
