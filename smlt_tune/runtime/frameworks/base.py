@@ -4,12 +4,17 @@ Arrays in, arrays out: gradients cross this seam as one flat numpy vector, state
 safetensors form. A framework is recognised by the objects that are handed to ``session.prepare``.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: The one entry of a checkpoint's metadata. Several would be written in an order that differs each
+#: time, and equal states must make equal checkpoints.
+META = "smlt_tune"
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,7 @@ class Framework(Protocol):
 
 def read_meta(content: bytes) -> dict[str, str]:
     """The header that :meth:`Framework.save` put into a checkpoint."""
-    import json
-
     size = int.from_bytes(content[:8], "little")
-    meta: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    header = json.loads(content[8 : 8 + size])
+    meta: dict[str, str] = json.loads(header["__metadata__"][META])
     return meta

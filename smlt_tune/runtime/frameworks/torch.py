@@ -25,7 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from smlt_tune.errors import InvalidInput, UsageError
-from smlt_tune.runtime.frameworks.base import Gradients
+from smlt_tune.runtime.frameworks.base import META, Gradients, read_meta
 
 #: Marks a tensor's place in the structure of a state dict.
 _TENSOR = "__tensor__"
@@ -150,11 +150,9 @@ class TorchObjects:
             "objects": json.dumps(shape),
             "gradients": json.dumps(_flatten(gradients, "gradient", tensors)),
         }
-        return save_tensors(_unshared(tensors), {**meta, **extra})
+        return save_tensors(_unshared(tensors), {META: json.dumps({**meta, **extra})})
 
     def load(self, content: bytes, first: int, *, whole: bool) -> None:  # noqa: D102
-        from smlt_tune.runtime.frameworks.base import read_meta
-
         tensors = load_tensors(content)
         meta = read_meta(content)
         shape = json.loads(meta["objects"])
