@@ -378,6 +378,8 @@ class TaskScheduler:
         match event:
             case wire.Ready() | wire.Progress() if late:
                 pass  # says nothing about the replacement
+            case wire.Stuck() | wire.Failed() if generation.left:
+                pass  # whatever went wrong, the state is safe and others go on with it
             case wire.Ready():
                 self._ready(job, generation, worker)
             case wire.Progress():
@@ -765,7 +767,11 @@ class TaskScheduler:
                     generation.invoke_after_s = now + THROTTLE_PAUSE_S
                     break
                 except BudgetExhausted as error:
-                    self._without_money(job, error)
+                    if generation is job.following:
+                        self._close(job, generation)  # the job goes on as it is
+                    else:
+                        job.plan = None
+                        self._without_money(job, error)
                     return
                 except (PlatformError, InvalidInput) as error:
                     self._end(job, FAILED, error=JobError(str(error), job_id=job.job_id))

@@ -423,6 +423,18 @@ def test_those_that_have_handed_over_but_stay_are_killed(world):
     assert world.platform.cancelled == set(names(0, [0]))
 
 
+def test_errors_of_those_who_have_handed_over_do_not_matter(world):
+    state = world.submit(workers=2)
+    world.train(workers=2)
+    world.hand_over(ranks=[0])
+    world.after(1)
+    world.say(wire.Stuck, "a", 0, 1)
+    world.say(wire.Failed, "a", 0, 1, error="x", traceback="", by_user=True, retry=False)
+    assert state.error is None
+    assert world.running("a", 1) == names(1, [0, 1])
+    assert world.platform.cancelled == set()
+
+
 def test_nobody_is_invoked_for_a_generation_that_has_left(world):
     world.submit(workers=2)
     world.train(workers=2)
@@ -1057,6 +1069,39 @@ def test_no_money_for_a_replacement(tmp_path):
     calm(world)
     assert world.over() == ["stopped"]
     assert state.outcome.reason == "budget"
+
+
+def test_no_money_for_a_replacement_of_one_that_should_leave(tmp_path):
+    """The others cannot leave without it."""
+    world = World(tmp_path, budget_usd=5 * 20.4 * WORST / 100)
+    state = world.submit(workers=5)
+    world.train(workers=5)
+    world.scheduler.resize("a", 4, None)
+    assert world.key("leave") is not None
+    lease = world.platform.calls[names(0, [0])[0]][0].timeout_s
+    world.end(*names(0, [0]), "crashed", seconds=lease)
+    world.after(0.1)
+    assert world.key("open") is None
+    world.end_all(ending="cancelled")
+    assert world.over() == ["stopped"]
+    assert state.outcome.reason == "budget"
+
+
+def test_no_money_for_a_replacement_in_the_next_generation(tmp_path):
+    """Those who train go on."""
+    world = World(tmp_path, budget_usd=2 * 21 * WORST / 100)
+    state = world.submit()
+    world.train()
+    world.scheduler.resize("a", None, 1025)
+    lease = world.platform.calls[names(1, [0])[0]][0].timeout_s
+    world.end(*names(1, [0]), "crashed", seconds=lease)
+    world.after(0.1)
+    assert state.status == "running"
+    assert world.running() == names(0, [0])
+    assert world.key("open") is not None
+    world.finished()
+    world.end_all()
+    assert world.over() == ["finished"]
 
 
 def test_no_money_for_the_hand_over(tmp_path):
