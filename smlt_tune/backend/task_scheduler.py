@@ -980,7 +980,7 @@ class TaskScheduler:
                 self._close(job, generation)
                 prefix = self._keys.generation(job.job_id, generation.number).prefix
                 self._forget(partial(self._store.delete_prefix, prefix))
-                job.generations.remove(generation)
+                job.generations = [g for g in job.generations if g is not generation]
         if job.ending and not job.generations and job.job_id in self._active:
             self._conclude(job)
 

@@ -969,6 +969,19 @@ def test_a_store_that_fails_while_a_generation_is_launched(world, reach):
     assert world.over("b", "a") == ["failed", "failed"]
 
 
+def test_a_store_that_goes_away_with_a_generation(world):
+    _handed_over(world)
+    other = world.submit("b")
+    world.store.broken = True
+    world.end_all("a", 0)
+    world.end_all("a", ending="cancelled")
+    assert world.states["a"].status == "failed"
+    world.end_all("b", ending="cancelled")
+    assert other.status == "failed"
+    world.store.values.clear()
+    world.over("a", "b")
+
+
 def test_many_jobs_wait_when_the_store_goes_away_in_between(world):
     world.submit("a", 8)
     for name in "bcd":
