@@ -438,8 +438,9 @@ class Fleet:
             try:
                 messages = self._store.read(events, after, timeout_s=READ_S)
                 server = self._store.server_id()
-            except SmltError as error:
+            except Exception as error:  # noqa: BLE001 - the boundary of the thread
                 self._queue.put(partial(self._scheduler.abandon, error))
+                self._clock.sleep(READ_S)
                 continue
             if server != self._server:
                 self._server = server
