@@ -36,7 +36,7 @@ from smlt_tune.backend.resource_manager.policy import (
     check,
 )
 from smlt_tune.backend.store_costs import PaidObjectStore, StoreCosts
-from smlt_tune.backend.task_scheduler import Settings, TaskScheduler, usable
+from smlt_tune.backend.task_scheduler import Settings, TaskScheduler
 from smlt_tune.errors import FleetClosed, InvalidInput, SmltError, StoreUnavailable
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
@@ -287,7 +287,7 @@ class Fleet:
         wanted = Cheapest() if goal is None else goal
         job_id = self._free_name() if name is None else name
         mistakes = _submit_mistakes(train, job_id, seed, shards)
-        mistakes += check(JobFacts(job_id, usable(self._platform.limits), wanted, bounds))
+        mistakes += check(JobFacts(job_id, self._platform.limits, wanted, bounds))
         function = digest = ""
         with _collected(mistakes):
             function = self._artifacts.store_code(train, "the training function")
@@ -499,7 +499,7 @@ class Fleet:
     def _resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
         spec = self._states[job_id].spec
         bounds = Bounds(workers, memory_mb)
-        mistakes = check(JobFacts(job_id, usable(self._platform.limits), spec.goal, bounds))
+        mistakes = check(JobFacts(job_id, self._platform.limits, spec.goal, bounds))
         if workers is None and memory_mb is None:
             mistakes.append("resize() needs workers=, memory_mb=, or both")
         if mistakes:

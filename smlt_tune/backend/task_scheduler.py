@@ -30,13 +30,7 @@ from smlt_tune.backend.job import (
     Report,
 )
 from smlt_tune.backend.ledger import Ledger
-from smlt_tune.backend.platforms.base import (
-    Cancels,
-    Invocation,
-    InvocationResult,
-    Platform,
-    PlatformLimits,
-)
+from smlt_tune.backend.platforms.base import Cancels, Invocation, InvocationResult, Platform
 from smlt_tune.backend.prices import Prices
 from smlt_tune.backend.resource_manager.policy import Allocation, AllocationPolicy, JobFacts
 from smlt_tune.errors import (
@@ -65,7 +59,7 @@ LEASE_SHARE = 0.25
 SHORTEST_LEASE_S = 3.0
 #: Leases are not made shorter than this while there is money for it, in seconds.
 USEFUL_LEASE_S = 20.0
-#: A worker that has shown no sign of life since it was invoked is given up after this, seconds.
+#: A worker without a sign of life is given up after this while no pace of its job is known, s.
 START_TIMEOUT_S = 120.0
 #: A worker is taken for hung after this many times its slowest iteration.
 HANG_FACTOR = 10.0
@@ -171,6 +165,8 @@ class _Record:
     strike_position: str = ""
     struck: frozenset[str] = frozenset()
     peak_mb: float = 0.0
+    boot_s: float = 0.0
+    slowest_s: float = 0.0
     checkpoint: str | None = None
     ending: str = ""
     reason: str = ""
@@ -485,6 +481,9 @@ class TaskScheduler:
 
     def _ready(self, job: _Record, generation: _Generation, worker: _Worker) -> None:
         worker.ready = True
+        for call in generation.calls.values():
+            if call.rank == worker.rank:
+                job.boot_s = max(job.boot_s, worker.sign_s - call.started_s)
         if generation.started or not all(w.ready for w in generation.workers):
             return
         if generation.start is not None:
@@ -508,6 +507,7 @@ class TaskScheduler:
     ) -> None:
         worker.begun = worker.begun or not event.waiting
         worker.slowest_s = max(worker.slowest_s, event.slowest_s)
+        job.slowest_s = max(job.slowest_s, event.slowest_s)
         generation.progress = event if event.rank == 0 else generation.progress
         job.position = max(job.position, event.position)
         job.peak_mb = max(job.peak_mb, event.peak_mb)
@@ -669,13 +669,16 @@ class TaskScheduler:
                 worker = generation.workers[call.rank]
                 if call.incarnation != worker.incarnation or call.hung:
                     continue
-                bound = START_TIMEOUT_S
-                if worker.slowest_s:
-                    bound = max(self._settings.hang_timeout_s, HANG_FACTOR * worker.slowest_s)
-                    bound += SIGNS_S
-                if now - worker.sign_s > bound:
+                if now - worker.sign_s > self._longest_silence_s(job, worker):
                     call.hung = True
                     self._cancel(call)
+
+    def _longest_silence_s(self, job: _Record, worker: _Worker) -> float:
+        """How long a worker may show no sign of life: judged by its own pace, or by the others'."""
+        pace_s = worker.slowest_s or (job.slowest_s if worker.ready else job.boot_s)
+        if not pace_s:
+            return START_TIMEOUT_S
+        return max(self._settings.hang_timeout_s, HANG_FACTOR * pace_s) + SIGNS_S
 
     # --- generations ----------------------------------------------------------------------------
 
@@ -909,7 +912,7 @@ class TaskScheduler:
         busy = len(self._calls) + sum(
             len(g.to_invoke) for j in self._active.values() for g in j.generations if not g.closed
         )
-        return usable(self._platform.limits).concurrency - busy
+        return self._platform.limits.functions - busy
 
     def _plan_hand_over(self, job: _Record, now: float) -> None:
         """Starts the next generation while this one still trains."""
@@ -1057,7 +1060,7 @@ class TaskScheduler:
         progress = current.progress if current else None
         return JobFacts(
             job_id=job.job_id,
-            limits=usable(self._platform.limits),
+            limits=self._platform.limits,
             goal=spec.goal,
             bounds=spec.bounds,
             allocation=current.allocation if current else None,
@@ -1067,11 +1070,6 @@ class TaskScheduler:
             sync_s=progress.sync_s if progress else 0.0,
             batch=progress.batch if progress else 0,
         )
-
-
-def usable(limits: PlatformLimits) -> PlatformLimits:
-    """The limits, counting that each invocation may take as many functions as it has deliveries."""
-    return replace(limits, concurrency=max(1, limits.concurrency // limits.deliveries))
 
 
 def _describe(call: _Call, result: InvocationResult) -> str:

@@ -48,7 +48,8 @@ def test_the_bits_and_the_reports_are_those_of_an_undisturbed_run(tmp_path, undi
         config = {"epochs": 4, "pause": 0.05, "notes": str(tmp_path)}
         job = fleet.submit(jobs.train, config, workers=workers)
         until = time.monotonic() + 60
-        while not jobs.pids(tmp_path) and time.monotonic() < until:
+        # Once its pace is known: before that a frozen worker is waited for as for a slow start.
+        while len(jobs.notes(tmp_path)) < 4 * workers and time.monotonic() < until:
             time.sleep(0.01)
         for _ in range(3):
             disturb(tmp_path, chance)

@@ -41,6 +41,11 @@ class PlatformLimits:
     max_workers: int = 1000
     init_s: float = 0.0
 
+    @property
+    def functions(self) -> int:
+        """How many invocations may run at once, as each may take a function per delivery."""
+        return max(1, self.concurrency // self.deliveries)
+
 
 @dataclass(frozen=True)
 class Invocation:

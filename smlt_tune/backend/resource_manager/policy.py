@@ -185,7 +185,7 @@ def _check_memory(bounds: Bounds, limits: PlatformLimits) -> list[str]:
 
 
 def _most_on_platform(limits: PlatformLimits) -> int:
-    return min(limits.max_workers, limits.concurrency)
+    return min(limits.max_workers, limits.functions)
 
 
 def _not_counts(given: dict[str, int]) -> list[str]:

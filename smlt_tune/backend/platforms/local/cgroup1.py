@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smlt_tune.backend.platforms.local import linux
 from smlt_tune.backend.platforms.local.cgroupfs import (
-    counter,
+    KernelCage,
     groups_below,
+    killed_at_mb,
     mounts,
     own_paths,
     processes,
@@ -108,10 +108,8 @@ class Cgroup1:
             remove_tree(base / self._owner)
 
 
-class Cgroup1Cage:
+class Cgroup1Cage(KernelCage):
     """The two groups of one instance."""
-
-    interval_s: float | None = None
 
     def __init__(self, cpu: Path, memory: Path, share: Share) -> None:
         self._cpu = cpu
@@ -132,25 +130,12 @@ class Cgroup1Cage:
         for group in self._groups:
             put(group / "cgroup.procs", 0)
 
-    def adopt(self, pid: int) -> None:
-        """Nothing: the process has entered by itself."""
-
-    def resume(self) -> None:
-        """Nothing: the kernel enforces the limits."""
-
-    def enforce(self, now: float) -> None:
-        """Nothing: the kernel enforces the limits."""
-
     def exceeded_mb(self, peak_bytes: int) -> float:
-        try:
-            text = (self._memory / "memory.oom_control").read_text()
-        except OSError:
-            return 0.0
-        kills = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
-        if kills is None or int(kills[1]) == 0:
-            return 0.0
-        own = counter(self._memory / "memory.max_usage_in_bytes") or self._share.own_bytes
-        return (self._share.preloaded.total + own) / linux.MB
+        events, peak = (
+            self._memory / "memory.oom_control",
+            self._memory / "memory.max_usage_in_bytes",
+        )
+        return killed_at_mb(events, peak, self._share)
 
     def kill(self) -> None:
         for group in self._groups:

@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smlt_tune.backend.platforms.local import linux
 from smlt_tune.backend.platforms.local.cgroupfs import (
-    counter,
+    KernelCage,
     groups_below,
+    killed_at_mb,
     mounts,
     own_paths,
     processes,
@@ -118,10 +118,8 @@ def _hand_on(group: Path) -> None:
         put(group / "cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(wanted)))
 
 
-class Cgroup2Cage:
+class Cgroup2Cage(KernelCage):
     """The group of one instance."""
-
-    interval_s: float | None = None
 
     def __init__(self, group: Path, share: Share) -> None:
         self._group = group
@@ -137,25 +135,9 @@ class Cgroup2Cage:
     def enter(self) -> None:
         put(self._group / "cgroup.procs", 0)
 
-    def adopt(self, pid: int) -> None:
-        """Nothing: the process has entered by itself."""
-
-    def resume(self) -> None:
-        """Nothing: the kernel enforces the limits."""
-
-    def enforce(self, now: float) -> None:
-        """Nothing: the kernel enforces the limits."""
-
     def exceeded_mb(self, peak_bytes: int) -> float:
-        try:
-            text = (self._group / "memory.events").read_text()
-        except OSError:
-            return 0.0
-        kills = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
-        if kills is None or int(kills[1]) == 0:
-            return 0.0
-        own = counter(self._group / "memory.peak") or self._share.own_bytes
-        return (self._share.preloaded.total + own) / linux.MB
+        events, peak = self._group / "memory.events", self._group / "memory.peak"
+        return killed_at_mb(events, peak, self._share)
 
     def kill(self) -> None:
         try:

@@ -2,16 +2,51 @@
 
 import errno
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 from smlt_tune.backend.platforms.local import linux
-from smlt_tune.backend.platforms.local.isolation import left_behind
+from smlt_tune.backend.platforms.local.isolation import Share, left_behind
 from smlt_tune.runtime.clock import Clock
 
 #: How long killed processes are waited for before their groups are left to the next start, seconds.
 _REAP_S = 2.0
+
+
+class KernelCage:
+    """What cages have in common whose limits the kernel enforces by itself."""
+
+    interval_s: float | None = None
+
+    def adopt(self, pid: int) -> None:
+        """Nothing: the process has entered by itself."""
+
+    def resume(self) -> None:
+        """Nothing: the kernel enforces the limits."""
+
+    def enforce(self, now: float) -> None:
+        """Nothing: the kernel enforces the limits."""
+
+
+def killed_at_mb(events: Path, peak: Path, share: Share) -> float:
+    """Memory of a function that the kernel has killed for it, MB; 0 if it has not.
+
+    Args:
+        events: File of the group with a line ``oom_kill N``.
+        peak: File with the highest memory of the group, bytes.
+        share: Of the function; says what it shares with the helper on top.
+    """
+    try:
+        text = events.read_text()
+    except OSError:
+        return 0.0
+    kills = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    if kills is None or int(kills[1]) == 0:
+        return 0.0
+    own = counter(peak) or share.own_bytes
+    return (share.preloaded.total + own) / linux.MB
 
 
 @dataclass(frozen=True)
