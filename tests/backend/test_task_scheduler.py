@@ -786,6 +786,18 @@ def test_one_that_never_starts_is_given_up(tmp_path):
     assert world.platform.cancelled == set(names(0, [0]))
 
 
+def test_a_replacement_that_hangs_at_its_start_is_judged_by_the_others(world):
+    world.submit(workers=2)
+    world.after(1)
+    world.train(workers=2)
+    world.end(*names(0, [1]), "crashed")
+    for _ in range(4):  # 40 s: no pace of its own, but workers of this job start within a second
+        assert not world.platform.cancelled
+        world.after(10)
+        world.progress(ranks=[0], waiting=True)
+    assert world.platform.cancelled == set(names(0, [1], 1))
+
+
 def test_a_hang_where_nothing_can_be_cancelled_ends_at_the_time_limit(tmp_path):
     world = World(tmp_path, platform=FakePlatform)
     world.submit(workers=2)
