@@ -5,8 +5,9 @@ the program is (:mod:`~smlt_tune.runtime.position`). When the program starts aga
 iterations that are done are skipped and everything else runs as written.
 
 A *boundary* is a point from which the rest of the program can be run again with the same result:
-the beginning of an epoch, and the end of an iteration that trained. State is handed over at
-boundaries.
+the beginning of an epoch, and the end of an iteration in which an optimizer has stepped (in which a
+backward pass has happened, if no optimizer was prepared). State is handed over at boundaries. So a
+program that accumulates gradients over some iterations always continues after a step.
 
 On its way back to the boundary where it was, a program may do things again that change the state (a
 scheduler that steps before the loop, initial weights that are set after ``prepare``). So the state
@@ -77,8 +78,10 @@ class _Pace:
     sync_s: float = 0.0
     iterations: int = 0
     checkpoint_cost_s: float = 0.0
+    between_boundaries_s: float = 0.0
 
     def __post_init__(self) -> None:
+        self.last_boundary_s = self.started_s
         self.last_progress_s = self.last_tick_s = self.started_s
         self.last_checkpoint_s = self.last_asked_s = self.started_s
 
@@ -135,7 +138,7 @@ class Session:
         self._batch_size = 0
         self._everyone = True
         # What has happened since the boundary.
-        self._synced = False
+        self._synced = self._stepped = False
         self._dirty = False
         self._shadowed = False
         self._calm = 0
@@ -247,7 +250,7 @@ class Session:
         """This worker's parts of the batches of a data set.
 
         A loop in which a backward pass happens is training: after a restart it continues where it
-        was. Any other is evaluation: it runs as a whole.
+        was (so ``enumerate`` counts from there). Any other is evaluation: it runs as a whole.
 
         If a training batch has fewer samples than there are workers, those without a sample of
         their own work on a borrowed one, whose gradient counts nothing.
@@ -383,6 +386,7 @@ class Session:
         data = replace(data, epoch=epoch, loop=number)
         first = self._first_iteration(data)
         self._move(Position(epoch, number, first), inside=True)
+        self._pace.last_boundary_s = self._clock.monotonic()
         finished = False
         try:
             for batch in data.minibatches(first):
@@ -393,6 +397,8 @@ class Session:
                 yield from self._minibatch(batch, fetch)
                 if self._synced:
                     self._note_training(epoch, number)
+                if self._synced and self._has_stepped():
+                    self._note_pace()
                     self._reach_boundary(Position(epoch, number, batch.iteration + 1))
                 self._tick()
             finished = True
@@ -512,7 +518,7 @@ class Session:
         self._boundary_trained = list(self._trained)
         self._boundary_reports = len(self._reports)
         self._calm += self._dirty
-        self._synced = self._dirty = self._shadowed = False
+        self._synced = self._stepped = self._dirty = self._shadowed = False
         if self._workers > 1 and self._objects is not None:
             self._objects.keep_light()  # what is given away must be of this very boundary
 
@@ -565,8 +571,13 @@ class Session:
 
     def _on_step(self) -> None:
         """A prepared optimizer is about to step."""
-        if self._workers > 1 and self._begun and self._arrived and self._objects is not None:
-            self._about_to_change(self._objects)
+        if self._begun and self._arrived and self._objects is not None:
+            self._stepped = True
+            if self._workers > 1:
+                self._about_to_change(self._objects)
+
+    def _has_stepped(self) -> bool:
+        return self._stepped or not (self._objects and self._objects.has_optimizer())
 
     def _about_to_change(self, objects: Framework) -> None:
         if not self._dirty and self._calm < SHADOW_BOUNDARIES:
@@ -584,6 +595,7 @@ class Session:
         result = collective()
         now = self._clock.monotonic()
         self._pace.sync_s += now - begun
+        self._pace.last_boundary_s += now - begun
         self._pace.last_tick_s += (
             now - begun
         )  # waiting for others says nothing about this worker's pace
@@ -671,7 +683,8 @@ class Session:
         begun_s = self._home.started_s
         invoked_s = self._pace.started_s if begun_s is None else begun_s
         left = invoked_s + self._spec.timeout_s - self._clock.monotonic()
-        reserve = TIME_LIMIT_MARGIN_S + 3 * (self._pace.slowest_s + self._pace.checkpoint_cost_s)
+        step_s = max(3 * self._pace.slowest_s, 1.5 * self._pace.between_boundaries_s)
+        reserve = TIME_LIMIT_MARGIN_S + step_s + 3 * self._pace.checkpoint_cost_s
         return left < min(reserve, self._spec.timeout_s / 2)
 
     def _hand_over(self) -> None:
@@ -708,6 +721,7 @@ class Session:
         cost = self._clock.monotonic() - begun
         self._pace.checkpoint_cost_s = cost
         self._pace.last_tick_s += cost
+        self._pace.last_boundary_s += cost
         return key
 
     def _reports_to_save(self) -> list[tuple[str, dict[str, Any]]]:
@@ -724,17 +738,24 @@ class Session:
         assert self._home is not None
         return self._home.spec
 
+    def _note_pace(self) -> None:
+        """At a boundary inside a loop."""
+        now = self._clock.monotonic()
+        passed_s = now - self._pace.last_boundary_s
+        self._pace.between_boundaries_s = max(self._pace.between_boundaries_s, passed_s)
+        self._pace.last_boundary_s = now
+
     def _tick(self) -> None:
         """After every iteration."""
         self._pace.iterations += 1
         now = self._clock.monotonic()
         self._pace.slowest_s = max(self._pace.slowest_s, now - self._pace.last_tick_s)
         self._pace.last_tick_s = now
+        if self._home is None:
+            return
+        silent_s = now - self._pace.last_progress_s
         # The first iterations are told at once: until then nobody knows what pace to expect.
-        due = (
-            self._pace.iterations <= 2 or now - self._pace.last_progress_s >= self._spec.progress_s
-        )
-        if self._home and due:
+        if self._pace.iterations <= 2 or silent_s >= self._spec.progress_s:
             if self._workers == 1 and self._objects is None:
                 self._membership.asked_to_leave()  # notices a closed generation
             self._sign_of_life(waiting=False)

@@ -47,6 +47,9 @@ class Framework(Protocol):
     def on_step(self, callback: Callable[[], None]) -> None:
         """Calls back before every step of a prepared optimizer."""
 
+    def has_optimizer(self) -> bool:
+        """Whether there are steps to notice: an optimizer was prepared."""
+
     def watch(self) -> None:
         """Notices parameters that need a gradient only now."""
 

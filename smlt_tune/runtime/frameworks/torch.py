@@ -87,8 +87,11 @@ class TorchObjects:
     def on_step(self, callback: Callable[[], None]) -> None:  # noqa: D102
         self._before_step = callback
 
+    def has_optimizer(self) -> bool:  # noqa: D102
+        return any(isinstance(o, torch.optim.Optimizer) for o in self._objects)
+
     def watch(self) -> None:  # noqa: D102
-        if self._callback is None or (not self._every_gradient and self._optimizers()):
+        if self._callback is None or (not self._every_gradient and self.has_optimizer()):
             return
         for number, parameter in enumerate(self._parameters):
             if parameter.requires_grad and number not in self._watched:
@@ -163,6 +166,9 @@ class TorchObjects:
             )
         for thing, state in list(zip(self._objects, shape, strict=False))[first:]:
             thing.load_state_dict(_unflatten(state, tensors))
+            if isinstance(thing, torch.optim.Optimizer):
+                # It has stepped, in another process: schedulers need not warn.
+                thing._opt_called = True  # type: ignore[attr-defined]
         gradients = _unflatten(json.loads(meta["gradients"]), tensors)
         for number, parameter in enumerate(self._parameters):
             parameter.grad = gradients.get(number)
@@ -230,9 +236,6 @@ class TorchObjects:
             if used is None or used() is not gradient or gradient._version != version:
                 found[number] = gradient.detach()
         return found
-
-    def _optimizers(self) -> bool:
-        return any(isinstance(o, torch.optim.Optimizer) for o in self._objects)
 
     def _floating_buffers(self) -> list[torch.Tensor]:
         """Each once; looked up anew, because a module may put another tensor in their place."""
