@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from smlt_tune.runtime.session import Session
+from tests.runtime.harness import Job
+from tests.runtime.programs import PROGRAMS
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For the speed of tests: threads of tiny sums wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def job(valkey, tmp_path):
+    job = Job(valkey, tmp_path)
+    yield job
+    job.close()
+
+
+@pytest.fixture
+def other(valkey, tmp_path):
+    job = Job(valkey, tmp_path / "other")
+    yield job
+    job.close()
+
+
+def alone(program, seed=1):
+    """The program in a debugger: weights and reports."""
+    with Session(seed=seed) as session:
+        return program(), list(session._reports.values())
+
+
+every_program = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS.keys())
+
+
+# --- a run that is interrupted gives what an undisturbed one gives --------------------------------
+
+
+@every_program
+def test_one_worker_that_leaves_after_every_iteration(job, program):
+    expected, reports = alone(program)
+    [value], generations = job.run_with_leaves(program, lambda _: 1)
+    assert value == expected
+    assert job.reports() == reports
+    assert generations > 2
+
+
+@every_program
+def test_two_workers_that_leave_after_every_iteration(job, other, program):
+    works = other.run(program, 2)
+    expected = works[0].value
+    assert works[1].value == expected
+    values, generations = job.run_with_leaves(program, lambda _: 2)
+    assert values == [expected, expected]
+    assert job.reports() == other.reports()
+    assert generations > 2
