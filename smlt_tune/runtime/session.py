@@ -305,14 +305,11 @@ class Session:
         plain = _plain_metrics(metrics)
         self._begin()
         place = self._next_place("report")
-        if place in self._reports or self._rank > 0:
+        if place in self._reports:
             return
         self._reports[place] = plain
-        if self._home:
-            index = len(self._reports) - 1
-            self._membership.tell(wire.Reported, index=index, metrics=plain)
-            if self._workers > 1:
-                self._membership.keep_reports(self._reports)
+        if self._home and self._rank == 0:
+            self._tell_reports(len(self._reports) - 1)
 
     def mean(self, value: Any, count: Any = 1.0) -> Any:
         """Sum of the values over the sum of the counts, over all workers. Call it on every worker.
@@ -626,6 +623,9 @@ class Session:
         self._syncs = self._boundary_syncs = int(meta["syncs"])
         self._reports = dict(json.loads(meta["reports"]))
         self._boundary_reports = len(self._reports)
+        untold = int(meta["untold"])
+        if self._rank == 0 and untold:
+            self._tell_reports(len(self._reports) - untold)
 
     def _arrive(self) -> None:
         """The program is back where it was interrupted: the state is again what it was there."""
@@ -710,11 +710,13 @@ class Session:
         if self._start and not self._arrived:
             return self._start[0]
         begun = self._clock.monotonic()
+        reports, untold = self._reports_to_save()
         meta = {
             "position": self._boundary.encode(),
             "trained": json.dumps(self._boundary_trained),
             "syncs": str(self._boundary_syncs),
-            "reports": json.dumps(self._reports_to_save()),
+            "reports": json.dumps(list(reports.items())),
+            "untold": str(untold),
         }
         content = self._objects.save(meta, kept=kept)
         key = self._checkpoints.save(self._boundary, content)
@@ -724,12 +726,25 @@ class Session:
         self._pace.last_boundary_s += cost
         return key
 
-    def _reports_to_save(self) -> list[tuple[str, dict[str, Any]]]:
-        """Rank 0's reports up to the boundary; it makes those that come after it again."""
+    def _tell_reports(self, first: int) -> None:
+        """Tells the scheduler the reports from a number on, and leaves them to who may follow."""
+        for index, metrics in list(enumerate(self._reports.values()))[first:]:
+            self._membership.tell(wire.Reported, index=index, metrics=metrics)
+        if self._workers > 1:
+            self._membership.keep_reports(self._reports)
+
+    def _reports_to_save(self) -> tuple[dict[str, dict[str, Any]], int]:
+        """The reports up to the boundary, and how many of the last ones nobody may have told.
+
+        Those that come after the boundary are made again. What rank 0 has told counts. It may have
+        died before it could tell the last ones: then the values of this worker stand for them.
+        """
+        mine = dict(list(self._reports.items())[: self._boundary_reports])
         if self._rank == 0:
-            return list(self._reports.items())[: self._boundary_reports]
-        told = self._membership.kept_reports()
-        return list((self._reports if told is None else told).items())
+            return mine, 0
+        told = self._membership.kept_reports() or {}
+        untold = {place: metrics for place, metrics in mine.items() if place not in told}
+        return {**told, **untold}, len(untold)
 
     # --- signs of life --------------------------------------------------------------------------
 
