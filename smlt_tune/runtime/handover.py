@@ -68,7 +68,7 @@ class Membership:
             shards=spec.shards,
             on_idle=self.look_around,
         )
-        self._inside = False
+        self._inside = self._asking = False
         self._last_sign = clock.monotonic()
 
     def tell(self, kind: type[wire.WorkerEvent], **content: Any) -> None:
@@ -137,9 +137,11 @@ class Membership:
         """What a waiting worker does now and then: notice the end, help a replacement."""
         spec = self._spec
         wants = [self.keys.want(r) for r in range(spec.workers) if r != spec.rank]
-        opened, *requests = self._store.get([self.keys.open, *wants])
+        opened, end, *requests = self._store.get([self.keys.open, self.keys.end, *wants])
         if opened is None:
             raise Leave
+        if end is not None and self._asking:
+            raise _AllGone(end.decode())
         for request in requests:
             if request is not None and self._inside:
                 self._answer(request.decode())
@@ -173,8 +175,13 @@ class Membership:
         request = f"{spec.rank}.{spec.incarnation}"
         gift = self.keys.gift(request)
         self._store.put({self.keys.want(spec.rank): request.encode()}, ttl_s=TTL_S)
-        found = self.aggregator.wait_for([gift])[gift]
-        return wire.Gift.decode(found)
+        self._asking = True
+        try:
+            return wire.Gift.decode(self.aggregator.wait_for([gift])[gift])
+        except _AllGone as error:  # and nobody is left who would answer
+            return wire.Gift(error.checkpoint, leaving=True)
+        finally:
+            self._asking = False
 
     def _answer(self, request: str) -> None:
         (answered,) = self._store.get([self.keys.gift(request)])
@@ -191,6 +198,14 @@ class Membership:
         gift = wire.Gift(checkpoint, leaving).encode()
         wake = [self.keys.tokens(int(request.split(".")[0]))]
         self._store.put_once({self.keys.gift(request): gift}, ttl_s=TTL_S, announce=wake)
+
+
+class _AllGone(Exception):
+    """The others have saved the last checkpoint of the generation and may have gone."""
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        self.checkpoint = checkpoint
 
 
 class CannotGive(Exception):

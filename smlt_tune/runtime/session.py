@@ -532,13 +532,22 @@ class Session:
 
     def _on_backward(self) -> None:
         """A backward pass has ended (with one worker: the optimizer has stepped)."""
-        self._begin()
+        self._begin_late()
         if not self._arrived or self._objects is None:
             return
         if self._workers > 1:
             self._synchronise(self._objects)
         self._synced = True
         self._syncs += 1
+
+    def _begin_late(self) -> None:
+        """The first thing that the program does is a step outside of loops and epochs."""
+        if self._begun or self._objects is None:
+            self._begin()
+            return
+        gradients = self._objects.take_gradients()  # of this step, not of the state before it
+        self._begin()
+        self._objects.put_gradients(gradients)
 
     def _synchronise(self, objects: Framework) -> None:
         batch = self._batch
@@ -568,6 +577,7 @@ class Session:
 
     def _on_step(self) -> None:
         """A prepared optimizer is about to step."""
+        self._begin_late()
         if self._begun and self._arrived and self._objects is not None:
             self._stepped = True
             if self._workers > 1:
@@ -577,7 +587,8 @@ class Session:
         return self._stepped or not (self._objects and self._objects.has_optimizer())
 
     def _about_to_change(self, objects: Framework) -> None:
-        if not self._dirty and self._calm < SHADOW_BOUNDARIES:
+        # What has already changed since the boundary, weights set by hand say, is not worth a copy.
+        if not self._dirty and self._calm < SHADOW_BOUNDARIES and objects.unchanged():
             objects.keep_all()
             self._shadowed = True
         self._dirty = True
@@ -619,7 +630,7 @@ class Session:
         self._resume = self._boundary = Position.decode(meta["position"])
         self._resume_trained = [(epoch, loop) for epoch, loop in json.loads(meta["trained"])]
         self._boundary_trained = self._resume_trained
-        self._arrived = self._resume == Position()
+        self._arrived = False
         self._syncs = self._boundary_syncs = int(meta["syncs"])
         self._reports = dict(json.loads(meta["reports"]))
         self._boundary_reports = len(self._reports)
@@ -644,12 +655,12 @@ class Session:
         if self._objects is None:
             self._begun = True
             return
-        if self._start is None and self._workers > 1:
+        if self._start and self._resume == Position():
+            self._arrive()  # what was saved here holds also what was set after prepare()
+        elif self._start is None and self._workers > 1:
             key = self._membership.agree_on_init(self._save)
             if key is not None:
                 self._objects.load(self._checkpoints.load(key), 0, whole=True)
-        if self._arrived:
-            self._start = None
         if self._workers > 1:
             self._objects.keep_light()
         self._begun = True

@@ -270,6 +270,7 @@ def outside_of_loops():
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     average = torch.optim.swa_utils.AveragedModel(model)
     model, optimizer, average = session.prepare(model, optimizer, average)
+    session.report(begins=True)
     F.cross_entropy(model(X), Y).backward()
     optimizer.step()
     for epoch in session.epochs(2):

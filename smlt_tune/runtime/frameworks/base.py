@@ -66,6 +66,12 @@ class Framework(Protocol):
     def replace_gradients(self, vector: NDArray[np.floating[Any]]) -> None:
         """Puts back what :meth:`gradients` gave, summed up over the workers."""
 
+    def take_gradients(self) -> list[Any]:
+        """Removes all gradients and returns them."""
+
+    def put_gradients(self, gradients: list[Any]) -> None:
+        """Puts back what :meth:`take_gradients` gave."""
+
     def keep_light(self) -> None:
         """Remembers what may change before the next optimizer step: buffers, hyper-parameters."""
 

@@ -130,6 +130,15 @@ class TorchObjects:
             self._synced_buffers = [buffer.clone() for buffer in self._buffers]
         self._sources, self._buffers = [], []
 
+    def take_gradients(self) -> list[Any]:  # noqa: D102
+        gradients = [parameter.grad for parameter in self._parameters]
+        self.put_gradients([None] * len(gradients))
+        return gradients
+
+    def put_gradients(self, gradients: list[Any]) -> None:  # noqa: D102
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
     def keep_light(self) -> None:  # noqa: D102
         self._light = [_light(thing) for thing in self._objects]
         self._all = None
