@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from smlt_tune.backend.goals import Cheapest, Fastest, Goal
-from smlt_tune.backend.resource_manager.policy import Allocation, Bounds
+from smlt_tune.backend.resource_manager.observations import Allocation
+from smlt_tune.backend.resource_manager.policy import Bounds
 from smlt_tune.errors import FunctionLost, JobError, OutOfMemory, TrainingFunctionError
 
 #: A job's ``status`` is one of these.

@@ -32,7 +32,8 @@ from smlt_tune.backend.job import (
 from smlt_tune.backend.ledger import Ledger
 from smlt_tune.backend.platforms.base import Cancels, Invocation, InvocationResult, Platform
 from smlt_tune.backend.prices import Prices
-from smlt_tune.backend.resource_manager.policy import Allocation, AllocationPolicy, JobFacts
+from smlt_tune.backend.resource_manager.observations import Allocation
+from smlt_tune.backend.resource_manager.policy import AllocationPolicy, JobFacts
 from smlt_tune.errors import (
     BudgetExhausted,
     FunctionLost,
@@ -289,7 +290,7 @@ class TaskScheduler:
         """
         job = _Record(state, next_number=next_number)
         self._jobs[job.job_id] = self._active[job.job_id] = job
-        allocation = self._policy.first(self._facts(job))
+        allocation = self._policy.first(self._facts(job)).allocation
         names = [self._keys.generation(job.job_id, n).open for n in range(next_number)]
         if names:  # functions that have outlived an earlier client
             self._forget(partial(self._store.delete, names))
@@ -309,7 +310,7 @@ class TaskScheduler:
         job = self._active.get(job_id)
         if job is None or job.ending:
             return
-        base = job.heading_for or self._policy.first(self._facts(job))
+        base = job.heading_for or self._policy.first(self._facts(job)).allocation
         wanted = replace(
             base, workers=workers or base.workers, memory_mb=memory_mb or base.memory_mb
         )
@@ -632,7 +633,8 @@ class TaskScheduler:
         larger: Allocation | None = wanted
         if wanted.memory_mb <= limit_mb:
             facts = replace(self._facts(job), allocation=replace(wanted, memory_mb=limit_mb))
-            larger = self._policy.after_out_of_memory(facts, result.peak_mb)
+            decision = self._policy.after_out_of_memory(facts, result.peak_mb)
+            larger = decision.allocation if decision else None
         if larger is not None:
             self._roll_back(job, f"out of memory at {limit_mb} MB", allocation=larger, strike=False)
             return
@@ -652,7 +654,7 @@ class TaskScheduler:
         """Nobody has the newest state any more: begin again at the last checkpoint."""
         if strike and self._strike(job, why):
             return
-        wanted = allocation or job.heading_for or self._policy.first(self._facts(job))
+        wanted = allocation or job.heading_for or self._policy.first(self._facts(job)).allocation
         job.resize_to = None
         for generation in job.generations:
             self._close(job, generation)
@@ -923,7 +925,8 @@ class TaskScheduler:
             return
         lead_s = min(0.3 * current.lease_s, 2.0 + 2.0 * self._start_s)
         if job.resize_to is None and current.ends_s() - now < lead_s:
-            job.resize_to = self._policy.review(self._facts(job)) or current.allocation
+            decision = self._policy.review(self._facts(job))
+            job.resize_to = decision.allocation if decision else current.allocation
         if job.resize_to is None:
             return
         wanted, job.resize_to = job.resize_to, None
@@ -1057,7 +1060,6 @@ class TaskScheduler:
 
     def _facts(self, job: _Record) -> JobFacts:
         spec, current = job.state.spec, job.current
-        progress = current.progress if current else None
         return JobFacts(
             job_id=job.job_id,
             limits=self._platform.limits,
@@ -1065,10 +1067,6 @@ class TaskScheduler:
             bounds=spec.bounds,
             allocation=current.allocation if current else None,
             peak_mb=job.peak_mb,
-            iterations=progress.iterations if progress else 0,
-            busy_s=progress.busy_s if progress else 0.0,
-            sync_s=progress.sync_s if progress else 0.0,
-            batch=progress.batch if progress else 0,
         )
 
 

@@ -176,8 +176,13 @@ class Progress(WorkerEvent, kind="progress"):
     Attributes:
         position: Encoded :class:`~smlt_tune.runtime.position.Position`; sorts in training order.
         iterations: Iterations done by this invocation.
-        busy_s: Time since the invocation began training.
-        sync_s: Part of it spent in synchronisation.
+        chunk: Training iterations since its last word that the two times below are medians of; 0
+            if there was none, or if they were disturbed (by a checkpoint, a start).
+        iteration_s: Time per training iteration, synchronisation included.
+        sync_s: Part of it that went into synchronisation.
+        left: Training iterations that the job has still to do; None if that cannot be known.
+        other_share: Time outside of training iterations over the time inside, of this invocation;
+            None before the first epoch is over.
         slowest_s: Longest time between two signs of life so far.
         batch: Global batch size of the running loop, 0 outside.
         peak_mb: Highest resident memory of the worker's process.
@@ -186,12 +191,36 @@ class Progress(WorkerEvent, kind="progress"):
 
     position: str
     iterations: int
-    busy_s: float
+    chunk: int
+    iteration_s: float
     sync_s: float
+    left: int | None
+    other_share: float | None
     slowest_s: float
     batch: int
     peak_mb: float
     waiting: bool
+
+
+@dataclass(frozen=True)
+class Workload(WorkerEvent, kind="workload"):
+    """What the job computes. Rank 0 tells it as soon as it is known, and again when it changes.
+
+    Attributes:
+        parameters: See :class:`~smlt_tune.runtime.features.ModelFeatures`.
+        gradient_bytes: The same.
+        flops_per_sample: The same.
+        activation_bytes: The same.
+        batch: Global batch size, samples.
+        iterations: Training iterations of the whole job; None if that cannot be known.
+    """
+
+    parameters: int
+    gradient_bytes: int
+    flops_per_sample: float
+    activation_bytes: float
+    batch: int
+    iterations: int | None
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,11 @@ class World:
                 incarnation,
                 position=Position(0, 1, at).encode(),
                 iterations=at,
-                busy_s=1.0,
-                sync_s=0.1,
+                chunk=0,
+                iteration_s=0.0,
+                sync_s=0.0,
+                left=None,
+                other_share=None,
                 slowest_s=slowest,
                 batch=10,
                 peak_mb=100.0,
@@ -1198,8 +1201,9 @@ class Worker:
         self.simulation.stream.append(event)
 
     def sign(self, at, *, waiting):
-        content = {"position": Position(0, 1, at).encode(), "iterations": at, "busy_s": 1.0}
-        content |= {"sync_s": 0.1, "slowest_s": 0.1, "batch": 1, "peak_mb": 1.0}
+        content = {"position": Position(0, 1, at).encode(), "iterations": at, "chunk": 0}
+        content |= {"iteration_s": 0.0, "sync_s": 0.0, "left": None, "other_share": None}
+        content |= {"slowest_s": 0.1, "batch": 1, "peak_mb": 1.0}
         self.say(wire.Progress, waiting=waiting, **content)
 
     def key(self, what):

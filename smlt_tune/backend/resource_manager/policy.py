@@ -1,39 +1,21 @@
 """How large a job's generations are: what a policy knows, what it says, and the simplest one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from smlt_tune.backend.goals import Cheapest, Goal, goal_mistakes
 from smlt_tune.backend.platforms.base import MB_PER_VCPU, PlatformLimits
-from smlt_tune.errors import InvalidInput
+from smlt_tune.backend.resource_manager.observations import (
+    DEFAULT_STORE,
+    Allocation,
+    Decision,
+    Profile,
+    Workload,
+    not_counts,
+)
 
 _DEFAULT_WORKERS = 2
-_DEFAULT_STORE = "default"
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What one generation of a job runs on.
-
-    Attributes:
-        workers: How many functions.
-        memory_mb: Memory of each, MB; gives its share of CPU too.
-        store: Parameter store that they synchronise over.
-
-    Raises:
-        InvalidInput: A number is not whole or below 1, or the store has no name.
-    """
-
-    workers: int
-    memory_mb: int
-    store: str = _DEFAULT_STORE
-
-    def __post_init__(self) -> None:
-        mistakes = _not_counts({"workers": self.workers, "memory_mb": self.memory_mb})
-        if not self.store:
-            mistakes.append("store must have a name")
-        if mistakes:
-            raise InvalidInput([f"Allocation: {mistake}" for mistake in mistakes])
 
 
 @dataclass(frozen=True)
@@ -45,12 +27,18 @@ class Bounds:
         memory_mb: Pinned memory of a function, MB, or None to have it chosen.
         min_workers: Fewest workers to choose.
         max_workers: Most workers to choose; None for what the platform allows.
+        min_memory_mb: Smallest memory to choose, MB; None for what the platform offers.
+        max_memory_mb: Largest memory to choose, MB; None for what the platform offers.
+        store: Pinned parameter store, by its name in the fleet, or None to have it chosen.
     """
 
     workers: int | None = None
     memory_mb: int | None = None
     min_workers: int = 1
     max_workers: int | None = None
+    min_memory_mb: int | None = None
+    max_memory_mb: int | None = None
+    store: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +52,15 @@ class JobFacts:
         bounds: What the user fixed.
         allocation: Of the current generation; None before the first.
         peak_mb: Highest resident memory of a worker that was seen, MB; 0 if none was.
-        iterations: Iterations that the current generation has done.
-        busy_s: Time that a worker of it computed, seconds, over these iterations.
-        sync_s: Time that a worker of it synchronised, seconds, over these iterations.
-        batch: Global batch size, samples; 0 if it is not known.
+        workload: What it computes now; None as long as nobody has said.
+        iterations_left: Training iterations that are still to do; None if nobody knows.
+        other_share: Time outside of training iterations over the time inside, so far; None before
+            it was measured.
+        elapsed_s: Time since it was submitted, seconds.
+        spent_usd: What it has cost so far, running functions included, USD.
+        functions: How many functions the fleet grants it at most, those that it has included.
+        start_s: What a start of functions took lately on this platform, seconds; 0 if unknown.
+        store_load: What the fleet's other jobs move through each store, bytes per second.
     """
 
     job_id: str
@@ -76,22 +69,29 @@ class JobFacts:
     bounds: Bounds = Bounds()
     allocation: Allocation | None = None
     peak_mb: float = 0.0
-    iterations: int = 0
-    busy_s: float = 0.0
-    sync_s: float = 0.0
-    batch: int = 0
+    workload: Workload | None = None
+    iterations_left: int | None = None
+    other_share: float | None = None
+    elapsed_s: float = 0.0
+    spent_usd: float = 0.0
+    functions: int | None = None
+    start_s: float = 0.0
+    store_load: Mapping[str, float] = field(default_factory=dict)
 
 
 class AllocationPolicy(Protocol):
-    """Chooses allocations. Every verb is a pure function of its arguments.
+    """Chooses allocations: a function of what it was told, without I/O and without a clock.
 
     The facts have passed :func:`check`. What is pinned stays as it is pinned.
     """
 
-    def first(self, facts: JobFacts) -> Allocation:
+    def observe(self, profile: Profile) -> None:
+        """Remembers a measurement, of any job of the project."""
+
+    def first(self, facts: JobFacts) -> Decision:
         """For the first generation of a job."""
 
-    def after_out_of_memory(self, facts: JobFacts, peak_mb: float) -> Allocation | None:
+    def after_out_of_memory(self, facts: JobFacts, peak_mb: float) -> Decision | None:
         """For a job whose worker exceeded its memory.
 
         Args:
@@ -102,7 +102,7 @@ class AllocationPolicy(Protocol):
             One with more memory, or None to give up: it is pinned, or there is no more.
         """
 
-    def review(self, facts: JobFacts) -> Allocation | None:
+    def review(self, facts: JobFacts) -> Decision | None:
         """For a job that runs; None to stay with what it has."""
 
 
@@ -112,7 +112,10 @@ class PinnedOrDefault:
     Never changes a job that runs.
     """
 
-    def first(self, facts: JobFacts) -> Allocation:  # noqa: D102 - the contract is the protocol's
+    def observe(self, profile: Profile) -> None:  # noqa: D102 - the contract is the protocol's
+        pass
+
+    def first(self, facts: JobFacts) -> Decision:  # noqa: D102
         bounds, limits = facts.bounds, facts.limits
         workers = bounds.workers
         if workers is None:
@@ -120,18 +123,20 @@ class PinnedOrDefault:
         memory_mb = bounds.memory_mb
         if memory_mb is None:
             memory_mb = max(limits.min_memory_mb, min(MB_PER_VCPU, limits.max_memory_mb))
-        return Allocation(workers, memory_mb)
+        store = bounds.store or DEFAULT_STORE
+        return Decision(Allocation(workers, memory_mb, store), "pinned, or the default")
 
     def after_out_of_memory(  # noqa: D102
         self, facts: JobFacts, peak_mb: float
-    ) -> Allocation | None:
-        current = facts.allocation or self.first(facts)
+    ) -> Decision | None:
+        current = facts.allocation or self.first(facts).allocation
         most = facts.limits.max_memory_mb
         if facts.bounds.memory_mb is not None or current.memory_mb >= most:
             return None
-        return replace(current, memory_mb=min(2 * current.memory_mb, most))
+        larger = replace(current, memory_mb=min(2 * current.memory_mb, most))
+        return Decision(larger, f"{current.memory_mb} MB were not enough")
 
-    def review(self, facts: JobFacts) -> Allocation | None:  # noqa: D102
+    def review(self, facts: JobFacts) -> Decision | None:  # noqa: D102
         return None
 
 
@@ -152,7 +157,7 @@ def check(facts: JobFacts) -> list[str]:
         "max_workers": bounds.max_workers,
     }
     # What is no number cannot be compared.
-    mistakes = _not_counts({name: value for name, value in given.items() if value is not None})
+    mistakes = not_counts({name: value for name, value in given.items() if value is not None})
     return goal_mistakes(facts.goal) + (
         mistakes or _check_workers(bounds, facts.limits) + _check_memory(bounds, facts.limits)
     )
@@ -186,15 +191,3 @@ def _check_memory(bounds: Bounds, limits: PlatformLimits) -> list[str]:
 
 def _most_on_platform(limits: PlatformLimits) -> int:
     return min(limits.max_workers, limits.functions)
-
-
-def _not_counts(given: dict[str, int]) -> list[str]:
-    return [
-        f"{name} must be a whole number of at least 1, not {value!r}"
-        for name, value in given.items()
-        if not _is_count(value)
-    ]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from smlt_tune.backend.goals import Fastest
 from smlt_tune.backend.platforms.base import PlatformLimits
+from smlt_tune.backend.resource_manager.observations import Allocation
 from smlt_tune.backend.resource_manager.policy import (
-    Allocation,
     AllocationPolicy,
     Bounds,
     JobFacts,
@@ -43,7 +43,7 @@ def facts(limits=LIMITS, allocation=None, **bounds):
 )
 def test_pins_win_and_the_rest_is_two_workers_of_one_vcpu(known, allocation):
     assert check(known) == []
-    assert POLICY.first(known) == allocation
+    assert POLICY.first(known).allocation == allocation
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,8 @@ def test_pins_win_and_the_rest_is_two_workers_of_one_vcpu(known, allocation):
     ],
 )
 def test_memory_doubles_until_it_is_pinned_or_there_is_no_more(known, allocation):
-    assert POLICY.after_out_of_memory(known, 1800.0) == allocation
+    decision = POLICY.after_out_of_memory(known, 1800.0)
+    assert (decision and decision.allocation) == allocation
 
 
 def test_a_running_job_stays_as_it_is():
@@ -143,7 +144,7 @@ def test_whatever_passes_the_check_gets_an_allocation_within_all_bounds(bounds, 
     known = JobFacts("job-1", limits, Fastest(), bounds)
     if check(known):
         return
-    allocation = POLICY.first(known)
+    allocation = POLICY.first(known).allocation
     assert bounds.min_workers <= allocation.workers <= most_workers(known)
     assert limits.min_memory_mb <= allocation.memory_mb <= limits.max_memory_mb
     assert bounds.workers in (None, allocation.workers)
@@ -152,6 +153,6 @@ def test_whatever_passes_the_check_gets_an_allocation_within_all_bounds(bounds, 
     while (
         more := POLICY.after_out_of_memory(replace(known, allocation=allocation), 0)
     ) is not None:
-        assert allocation.memory_mb < more.memory_mb <= limits.max_memory_mb
-        allocation, steps = more, steps + 1
+        assert allocation.memory_mb < more.allocation.memory_mb <= limits.max_memory_mb
+        allocation, steps = more.allocation, steps + 1
     assert steps < 20
