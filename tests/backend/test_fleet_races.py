@@ -21,7 +21,7 @@ from smlt_tune.runtime import keys, wire
 class StillPlatform:
     """Its functions do nothing until they are cancelled."""
 
-    name = "still"
+    name = fingerprint = "still"
 
     def __init__(self, deliveries=1):
         self.limits = PlatformLimits(128, 10240, 900.0, 4, deliveries, 4)

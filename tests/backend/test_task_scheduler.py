@@ -88,7 +88,7 @@ class FakeStore:
 class FakePlatform:
     """Runs nothing: the test says what invocations do."""
 
-    name = "fake"
+    name = fingerprint = "fake"
 
     def __init__(self, limits):
         self.limits = limits

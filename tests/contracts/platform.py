@@ -52,6 +52,11 @@ def call(platform, do, *, memory_mb=256, timeout_s=60.0, log_path=None, **argume
 class PlatformContract:
     """What all platforms do."""
 
+    def test_equal_platforms_have_one_fingerprint(self, make):
+        mark = make().fingerprint
+        assert mark == make().fingerprint
+        assert mark.startswith(make().name)
+
     def test_returns(self, make):
         platform = make()
         result = call(platform, "nothing").result()

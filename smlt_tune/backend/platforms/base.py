@@ -1,11 +1,12 @@
 """What the backend knows about a place where functions run.
 
 One essential verb, :meth:`Platform.invoke`. What only some platforms can do is a small protocol of
-its own (:class:`Cancels`), never a method that raises NotImplementedError.
+its own (:class:`Cancels`, :class:`Scales`), never a method that raises NotImplementedError.
 """
 
 import importlib
 import math
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,10 @@ class Platform(Protocol):
         """As in ``Fleet(platform=...)``."""
 
     @property
+    def fingerprint(self) -> str:
+        """What its speed depends on. What was measured on one platform holds on its equals."""
+
+    @property
     def limits(self) -> PlatformLimits:
         """What it allows."""
 
@@ -153,6 +158,24 @@ class Cancels(Protocol):
 
     def cancel(self, invocation_id: str) -> None:
         """Ends it at once; ``on_done`` follows with ``cancelled``. Unknown ids are ignored."""
+
+
+@runtime_checkable
+class Scales(Protocol):
+    """A platform that knows what its virtual CPUs are made of."""
+
+    def cores(self, memory_mb: int) -> float:
+        """Real cores that a function of that size may use."""
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model of this machine's CPU, for fingerprints."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return " ".join((models[0] if models else platform.machine()).split())
 
 
 def check_invocation(invocation: Invocation, limits: PlatformLimits) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import traceback
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from smlt_tune.backend.platforms.base import (
     check_invocation,
     load_entry,
     mistakes_in_entry,
+    processor,
 )
 from smlt_tune.errors import InvalidInput, PlatformError, Throttled
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
@@ -67,12 +69,20 @@ class InlinePlatform:
         self._closed = False
 
     @property
-    def limits(self) -> PlatformLimits:  # noqa: D102 - the contract stands on the protocol
+    def fingerprint(self) -> str:  # noqa: D102 - the contract stands on the protocol
+        return f"inline:{os.cpu_count()}cores:{processor()}"
+
+    @property
+    def limits(self) -> PlatformLimits:  # noqa: D102
         return self._limits
 
     def vcpus(self, memory_mb: int) -> float:
         """As on AWS Lambda, so that functions choose the same number of threads. Not enforced."""
         return memory_mb / MB_PER_VCPU
+
+    def cores(self, memory_mb: int) -> float:
+        """One for each thread that a function of that size computes with, as far as there are."""
+        return float(min(max(1, int(self.vcpus(memory_mb))), os.cpu_count() or 1))
 
     def bill(self) -> Bill:  # noqa: D102
         with self._lock:
@@ -149,6 +159,7 @@ def _describe(error: BaseException) -> str:
 
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.platforms.base import Platform
+    from smlt_tune.backend.platforms.base import Platform, Scales
 
     _: Platform = InlinePlatform()
+    _scales: Scales = InlinePlatform()

@@ -21,6 +21,7 @@ from smlt_tune.backend.platforms.base import (
     InvocationResult,
     PlatformLimits,
     check_invocation,
+    processor,
 )
 from smlt_tune.backend.platforms.local import channel, isolation, probe
 from smlt_tune.backend.platforms.local.launch import END_S, Helper
@@ -127,6 +128,11 @@ class LocalPlatform:
     def isolation(self) -> str:
         """How limits are enforced: ``cgroup1``, ``cgroup2`` or ``watchdog``."""
         return self._isolation.name
+
+    @property
+    def fingerprint(self) -> str:
+        cores = f"{self._usable_cores:g}cores:{self._scale:.4g}"
+        return f"local:{self._isolation.name}:{cores}:{processor()}"
 
     @property
     def limits(self) -> PlatformLimits:
@@ -388,7 +394,8 @@ def _send(helper: Helper, message: channel.Message, payload: bytes = b"") -> Non
 
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.platforms.base import Cancels, Platform
+    from smlt_tune.backend.platforms.base import Cancels, Platform, Scales
 
     _: Platform = LocalPlatform()
     _cancels: Cancels = LocalPlatform()
+    _scales: Scales = LocalPlatform()
