@@ -57,14 +57,7 @@ class ArtifactManager:
         Raises:
             InvalidInput: It cannot be pickled.
         """
-        try:
-            with _by_value():
-                content = cloudpickle.dumps(thing)
-        except Exception as error:
-            raise InvalidInput(
-                f"{what} cannot be sent to a worker: {type(error).__name__}: {error}; open files, "
-                "locks, connections and generators must be made inside the training function"
-            ) from error
+        content = pickled(thing, what)
         digest = hashlib.sha256(content).hexdigest()
         if digest not in self._stored:
             self._store.put(keys.code(digest), content, if_absent=True)
@@ -103,6 +96,27 @@ class ArtifactManager:
     def restore(self, datasets: dict[str, str]) -> None:
         """Takes over what an earlier client uploaded."""
         self._datasets.update(datasets)
+
+
+def pickled(thing: Any, what: str) -> bytes:
+    """A function or configuration with all it uses of the user's own modules.
+
+    Args:
+        thing: Anything that can be pickled.
+        what: For the error message.
+
+    Raises:
+        InvalidInput: It cannot be pickled.
+    """
+    try:
+        with _by_value():
+            content: bytes = cloudpickle.dumps(thing)
+    except Exception as error:
+        raise InvalidInput(
+            f"{what} cannot be sent to a worker: {type(error).__name__}: {error}; open files, "
+            "locks, connections and generators must be made inside the training function"
+        ) from error
+    return content
 
 
 def _array(name: str, value: Any) -> NDArray[Any]:
