@@ -64,6 +64,8 @@ class HierarchicalAggregator:
         workers: Size of the generation (n).
         shards: Number of shards (m); 0 chooses a multiple of n by size.
         on_idle: Called again and again while the worker waits. May raise to end the wait.
+        leave_is_wanted: Asked by the aggregator of shard 0 in every synchronisation; None looks for
+            the ``leave`` key in the store.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class HierarchicalAggregator:
         workers: int,
         shards: int = 0,
         on_idle: Callable[[], None] = lambda: None,
+        leave_is_wanted: Callable[[], bool] | None = None,
     ) -> None:
         self._store = store
         self._keys = keys
@@ -82,6 +85,7 @@ class HierarchicalAggregator:
         self._workers = workers
         self._shards = shards
         self._on_idle = on_idle
+        self._leave_is_wanted = leave_is_wanted
         self._cursor = "0"
         self._litter: dict[int, list[str]] = {}
         self._litter_bytes = 0
@@ -211,8 +215,8 @@ class HierarchicalAggregator:
         """Waits until every key exists; hands over what has come in whenever something has."""
         found: dict[str, bytes] = {}
         missing = names
-        extra = [self._keys.leave] if watch_leave else []
-        leave = False
+        extra = [self._keys.leave] if watch_leave and self._leave_is_wanted is None else []
+        leave = bool(watch_leave and self._leave_is_wanted and self._leave_is_wanted())
         while True:
             values = self._store.get([*missing, *extra]) if missing or extra else []
             leave = leave or bool(extra and values[-1] is not None)

@@ -43,6 +43,7 @@ class Membership:
         give: Saves the state of the iteration's beginning and returns (key, leaving); key is None
             if there is none because the job begins. Raises :class:`CannotGive`.
         sign_of_life: Called while the worker waits, about once a second.
+        gradients: Where gradients are added up, if not in ``store``.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Membership:
         clock: Clock,
         give: Callable[[], tuple[str | None, bool]],
         sign_of_life: Callable[[], None],
+        gradients: ParameterStore | None = None,
     ) -> None:
         self._spec = spec
         self._store = store
@@ -60,16 +62,33 @@ class Membership:
         self._sign_of_life = sign_of_life
         self._fleet = FleetKeys(spec.fleet)
         self.keys = self._fleet.generation(spec.job, spec.generation)
-        self.aggregator = HierarchicalAggregator(
+        self._last_asked = self._last_sign = clock.monotonic()
+        self._inside = self._asking = False
+        self._control = self._aggregator(store)
+        self.aggregator = self._control
+        if gradients is not None:
+            self.aggregator = self._aggregator(gradients, self._leave_is_wanted)
+
+    def _aggregator(
+        self, store: ParameterStore, leave_is_wanted: Callable[[], bool] | None = None
+    ) -> HierarchicalAggregator:
+        return HierarchicalAggregator(
             store,
             self.keys,
-            rank=spec.rank,
-            workers=spec.workers,
-            shards=spec.shards,
+            rank=self._spec.rank,
+            workers=self._spec.workers,
+            shards=self._spec.shards,
             on_idle=self.look_around,
+            leave_is_wanted=leave_is_wanted,
         )
-        self._inside = self._asking = False
-        self._last_sign = clock.monotonic()
+
+    def _leave_is_wanted(self) -> bool:
+        """The ``leave`` key lies in another store than gradients: a round trip, so now and then."""
+        now = self._clock.monotonic()
+        if now - self._last_asked < self._spec.progress_s:
+            return False
+        self._last_asked = now
+        return self.asked_to_leave()
 
     def tell(self, kind: type[wire.WorkerEvent], **content: Any) -> None:
         """Sends the scheduler an event."""
@@ -93,7 +112,7 @@ class Membership:
         if self._spec.joining:
             gift = self._ask_survivors()
         else:
-            found = self.aggregator.wait_for([self.keys.start])[self.keys.start]
+            found = self._control.wait_for([self.keys.start])[self.keys.start]
             gift = wire.Gift(wire.Start.decode(found).checkpoint, leaving=False)
         self._inside = True  # from here on this worker can help others in
         return gift
@@ -114,7 +133,7 @@ class Membership:
                 {self.keys.init: key.encode()}, ttl_s=TTL_S, announce=wake
             )
             return None if first else self.agree_on_init(save)
-        return self.aggregator.wait_for([self.keys.init])[self.keys.init].decode()
+        return self._control.wait_for([self.keys.init])[self.keys.init].decode()
 
     def keep_reports(self, reports: dict[str, Any]) -> None:
         """Remembers what rank 0 has told, for those who save or replace it."""
@@ -177,7 +196,7 @@ class Membership:
         self._store.put({self.keys.want(spec.rank): request.encode()}, ttl_s=TTL_S)
         self._asking = True
         try:
-            return wire.Gift.decode(self.aggregator.wait_for([gift])[gift])
+            return wire.Gift.decode(self._control.wait_for([gift])[gift])
         except _AllGone as error:  # and nobody is left who would answer
             return wire.Gift(error.checkpoint, leaving=True)
         finally:

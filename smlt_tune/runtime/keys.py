@@ -20,6 +20,9 @@ Parameter store (prefix ``smlt:<fleet>:``; everything carries a time to live)
 | ``<job>:g<G>:end`` | string | rank 0 | the other ranks | end of generation |
 | ``<job>:g<G>:to<r>`` | stream | whoever wrote something for rank r | rank r | end of generation |
 
+A generation whose allocation names another parameter store has ``s...``, ``m...``, ``gone`` and a
+``to<r>`` of its own there, under the same names.
+
 G generation, S number of the gradient synchronisation since the job began, J shard, r rank, P place
 in the program, R name of a request. The generation in the name fences zombies off: what they write
 lies where nobody reads any more.

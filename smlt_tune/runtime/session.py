@@ -61,12 +61,14 @@ class Home:
         parameter_store: Where workers meet.
         object_store: Where checkpoints and data lie.
         started_s: When the invocation began, on the clock's ``monotonic``; None for just now.
+        gradient_store: Where gradients are added up; None for the parameter store.
     """
 
     spec: wire.WorkerSpec
     parameter_store: ParameterStore
     object_store: ObjectStore
     started_s: float | None = None
+    gradient_store: ParameterStore | None = None
 
 
 @dataclass
@@ -150,7 +152,12 @@ class Session:
         if home:
             self._checkpoints = Checkpoints(home.object_store, home.spec.job)
             self._membership = Membership(
-                home.spec, home.parameter_store, clock, self._give, self._sign_of_life
+                home.spec,
+                home.parameter_store,
+                clock,
+                self._give,
+                self._sign_of_life,
+                home.gradient_store,
             )
         self._seed_generators("start", shared=True)
 

@@ -96,6 +96,8 @@ class WorkerSpec(Message, kind="worker"):
         checkpoint_s: Shortest time between two regular checkpoints.
         max_puts: How often it may write to the object store (or list it); None for no limit.
         max_gets: How often it may read from the object store; None for no limit.
+        gradient_store: URL of the parameter store that adds gradients up, if it is another one than
+            that above, which carries everything else; holds a password.
     """
 
     fleet: str
@@ -120,6 +122,7 @@ class WorkerSpec(Message, kind="worker"):
     checkpoint_s: float = 0.25
     max_puts: int | None = None
     max_gets: int | None = None
+    gradient_store: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def run(payload: bytes) -> None:
     started_s = SYSTEM_CLOCK.monotonic()
     spec = wire.WorkerSpec.decode(payload)
     parameter_store = open_parameter_store(spec.parameter_store)
+    gradient_store = open_parameter_store(spec.gradient_store) if spec.gradient_store else None
 
     def tell(kind: type[wire.WorkerEvent], **content: Any) -> None:
         who = (spec.job, spec.generation, spec.rank, spec.incarnation)
@@ -44,7 +45,7 @@ def run(payload: bytes) -> None:
     try:
         store = open_object_store(spec.object_store, spec.store_options)
         metered = MeteredObjectStore(store, max_puts=spec.max_puts, max_gets=spec.max_gets)
-        _train(spec, Home(spec, parameter_store, metered, started_s))
+        _train(spec, Home(spec, parameter_store, metered, started_s, gradient_store))
     except (Leave, Superseded):
         pass  # what there was to say has been said
     except BaseException as error:  # noqa: BLE001 - the boundary of the process: tell, do not die
@@ -60,6 +61,8 @@ def run(payload: bytes) -> None:
             usage = metered.usage
             tell(wire.Requests, puts=usage.puts + usage.lists, gets=usage.gets)
         parameter_store.close()
+        if gradient_store is not None:
+            gradient_store.close()
 
 
 def _train(spec: wire.WorkerSpec, home: Home) -> None:
