@@ -5,11 +5,12 @@ something failed, 2 what was asked for is wrong, 129, 130 and 143 a signal ended
 """
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -19,9 +20,14 @@ import smlt_tune
 from smlt_tune.errors import InvalidInput, SmltError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from smlt_tune.backend.sweeps.sweep import Sweep
 
 _EXTRAS = {"optuna": "optuna"}
+
+#: Width of tables where the output is no terminal, characters.
+_LOG_WIDTH = 160
 
 
 class Stopped(BaseException):
@@ -79,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--out", metavar="DIR", type=Path, help="folder of the report (NAME-report by default)"
     )
+    explain = commands.add_parser("explain", help="tell why jobs had the allocations they had")
+    explain.set_defaults(run=_explain)
+    explain.add_argument("job", metavar="JOB", nargs="?", help="all jobs in short without it")
+    explain.add_argument(
+        "--path", metavar="DIR", type=Path, default=Path(), help="folder of the fleet (.)"
+    )
+    explain.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     return parser
 
 
@@ -149,6 +162,36 @@ def _run(sweep: "Sweep", out: Path) -> int:
     if ended is not None:
         raise ended
     return 0 if best(board.snapshot(), maximize=sweep.maximize) else 1
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    """``smlt explain``."""
+    from smlt_tune.backend import explain_text
+    from smlt_tune.backend.explain import explain, explain_all
+    from smlt_tune.backend.history import read_history
+
+    events = read_history(arguments.path)
+    one = explain(events, arguments.job) if arguments.job else None
+    jobs = [one] if one else explain_all(events)
+    if arguments.json:
+        told = [asdict(job) for job in jobs]
+        print(json.dumps(told[0] if one else told, indent=1))
+    elif one:
+        print("\n".join(explain_text.told(one)))
+    elif jobs:
+        _console().print(explain_text.table(jobs))
+    else:
+        print("no job was submitted to this fleet")
+    return 0
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    return console
 
 
 def _require(what: str, *modules: str) -> None:

@@ -1,0 +1,119 @@
+"""What a job will take, before it costs anything.
+
+One dry iteration of the training function, in a process of its own on the client's machine, tells
+what it computes; the resource manager predicts the rest. No platform is asked to run anything.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from smlt_tune.backend import isolated
+from smlt_tune.backend.artifact_manager import pickled
+from smlt_tune.backend.goals import Cheapest, Goal
+from smlt_tune.backend.platforms.base import PlatformLimits
+from smlt_tune.backend.resource_manager.observations import Plan, Workload
+from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, check
+from smlt_tune.errors import InvalidInput
+
+#: How long the training function may take to the end of its first iteration, seconds.
+DRY_RUN_S = 120.0
+
+
+class Planner(Protocol):
+    """What predicts: the resource manager."""
+
+    def plan(self, facts: JobFacts) -> Plan:
+        """What is known of a job that has not begun."""
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What is known of one job before it costs anything.
+
+    Attributes:
+        workload: What it computes.
+        goal: What the user wants of it.
+        plan: What the resource manager makes of that.
+    """
+
+    workload: Workload
+    goal: Goal
+    plan: Plan
+
+
+def plan_job(
+    train: Callable[[Any], Any],
+    config: Any = None,
+    *,
+    policy: Planner,
+    limits: PlatformLimits,
+    goal: Goal | None = None,
+    bounds: Bounds = Bounds(),  # noqa: B008 - frozen
+    datasets: Mapping[str, Any] | None = None,
+    timeout_s: float = DRY_RUN_S,
+) -> JobPlan:
+    """Plans a job without starting it.
+
+    Args:
+        train: Training function, as for ``Fleet.submit``.
+        config: Its configuration.
+        policy: Predicts.
+        limits: Of the platform.
+        goal: What the user wants; the cheapest by default.
+        bounds: What the user fixed.
+        datasets: Data sets that the function asks for by name.
+        timeout_s: How long the function may take to the end of its first iteration, seconds.
+
+    Raises:
+        InvalidInput: Lists everything that is wrong with the arguments.
+        TrainingFunctionError: The function raised; carries the traceback.
+        FunctionLost: It did not come to the end of an iteration.
+    """
+    wanted = Cheapest() if goal is None else goal
+    facts = JobFacts("plan", limits, wanted, bounds, functions=limits.functions)
+    if mistakes := _not_callable(train) + check(facts):
+        raise InvalidInput(mistakes)
+    workload = measure(train, config, datasets=datasets, timeout_s=timeout_s)
+    facts = replace(facts, workload=workload, iterations_left=workload.iterations)
+    return JobPlan(workload, wanted, policy.plan(facts))
+
+
+def measure(
+    train: Callable[[Any], Any],
+    config: Any = None,
+    *,
+    datasets: Mapping[str, Any] | None = None,
+    timeout_s: float = DRY_RUN_S,
+) -> Workload:
+    """What a training function computes, found out by one dry iteration in a process of its own.
+
+    Args:
+        train: Training function.
+        config: Its configuration.
+        datasets: Data sets that the function asks for by name.
+        timeout_s: How long it may take, seconds.
+
+    Raises:
+        InvalidInput: The function or its configuration cannot be pickled.
+        TrainingFunctionError: The function raised; carries the traceback.
+        FunctionLost: It did not come to the end of an iteration.
+    """
+    from smlt_tune.runtime.dry_run import dry_run
+
+    advice = (
+        "the training function has not come to the end of its first iteration: let it load less "
+        "for a plan, or allow more time"
+    )
+    found = isolated.call(
+        dry_run, train, config, datasets=datasets, timeout_s=timeout_s, advice=advice
+    )
+    digest = hashlib.sha256(pickled(train, "the training function")).hexdigest()
+    return Workload(found.features, found.batch, found.iterations, digest)
+
+
+def _not_callable(train: object) -> list[str]:
+    if callable(train):
+        return []
+    return [f"the training function must be callable with a configuration, got {train!r}"]
