@@ -25,29 +25,30 @@ import json
 import os
 import sqlite3
 import threading
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from smlt_tune.errors import FleetClosed, InvalidInput, ObjectDamaged, StorageFull, StoreError
+from smlt_tune.backend.database import FileFormat, row_crc32
+from smlt_tune.errors import FleetClosed, InvalidInput
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 
 SCHEMA_VERSION = 1
 
 _FILE = "history.sqlite3"
 _LOCK_FILE = "client.lock"
-_APPLICATION_ID = 0x534D4C54  # "SMLT"
-_BUSY_TIMEOUT_S = 30.0
 
 _SELECT = "SELECT seq, at, kind, job, body, crc32 FROM events ORDER BY seq"
 _INSERT = "INSERT INTO events (at, kind, job, body, crc32) VALUES (?, ?, ?, ?, ?)"
-_SCHEMA = """
-BEGIN IMMEDIATE;
-CREATE TABLE events (
+_FORMAT = FileFormat(
+    application_id=0x534D4C54,  # "SMLT"
+    version=SCHEMA_VERSION,
+    unit="the folder",
+    schema="""
+CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     at REAL NOT NULL,
     kind TEXT NOT NULL,
@@ -55,10 +56,8 @@ CREATE TABLE events (
     body TEXT NOT NULL,
     crc32 INTEGER NOT NULL
 );
-PRAGMA application_id = {application_id};
-PRAGMA user_version = {version};
-COMMIT;
-"""
+""",
+)
 
 
 @dataclass(frozen=True)
@@ -99,14 +98,13 @@ class History:
         self._where = "the history in memory"
         self._folder_lock = None
         if folder is None:
-            self._connection: sqlite3.Connection | None = _connect(":memory:")
-            self._connection.executescript(_schema())
+            self._connection: sqlite3.Connection | None = _FORMAT.in_memory()
             return
         path = Path(folder) / _FILE
         self._where = str(path)
         self._folder_lock = _FolderLock(Path(folder))
         try:
-            self._connection = _open(path)
+            self._connection = _FORMAT.open(path)
         except BaseException:
             self._folder_lock.release()
             raise
@@ -129,9 +127,9 @@ class History:
             text = json.dumps(dict(body), separators=(",", ":"))
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"a {kind} event cannot be written as JSON: {error}") from error
-        with self._lock, _translated(self._where):
+        with self._lock, _FORMAT.translated(self._where):
             row = (self._clock.wall(), kind, job, text)
-            self._opened().execute(_INSERT, (*row, _crc32(*row)))
+            self._opened().execute(_INSERT, (*row, row_crc32(*row)))
 
     def read(self) -> list[HistoryEvent]:
         """Every event, oldest first.
@@ -140,7 +138,7 @@ class History:
             FleetClosed: The history was closed.
             ObjectDamaged: The history is damaged.
         """
-        with self._lock, _translated(self._where):
+        with self._lock, _FORMAT.translated(self._where):
             return _events(self._opened())
 
     def close(self) -> None:
@@ -179,105 +177,20 @@ def read_history(folder: str | Path) -> list[HistoryEvent]:
     path = Path(folder) / _FILE
     if not path.is_file():
         raise InvalidInput(f"there is no fleet in {folder}: it holds no {_FILE}")
-    with _translated(str(path)), closing(_connect(f"{path.absolute().as_uri()}?mode=ro")) as db:
-        if _is_new(db):
-            return []
-        _check(db, path)
-        return _events(db)
-
-
-def _connect(database: str) -> sqlite3.Connection:
-    """A connection that commits every statement by itself."""
-    connection = sqlite3.connect(
-        database,
-        uri=database.startswith("file:"),
-        timeout=_BUSY_TIMEOUT_S,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    connection.text_factory = _text
-    return connection
-
-
-def _text(stored: bytes) -> str:
-    """Text as it was stored; damage is found by its checksum."""
-    return stored.decode(errors="replace")
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    """A connection to the history, made if there is none."""
-    with _translated(str(path)):
-        connection = _connect(str(path))
-        try:
-            if not _is_new(connection):
-                _check(connection, path)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            if _is_new(connection):
-                connection.executescript(_schema())
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-
-def _schema() -> str:
-    return _SCHEMA.format(application_id=_APPLICATION_ID, version=SCHEMA_VERSION)
-
-
-def _is_new(connection: sqlite3.Connection) -> bool:
-    """Whether nothing was made in it yet; a client may have died before it came to that."""
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    return bool(tables == 0)
-
-
-def _check(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuses what this version cannot read."""
-    if connection.execute("PRAGMA application_id").fetchone() != (_APPLICATION_ID,):
-        raise InvalidInput(f"{path} was not written by smlt_tune; it was left as it is")
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version != SCHEMA_VERSION:
-        raise InvalidInput(
-            f"{path} has version {version}; this smlt_tune reads and writes version "
-            f"{SCHEMA_VERSION}. Open it with the version that wrote it, or choose another folder"
-        )
-    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise _damaged(str(path), " ".join(verdict.split()))
+    connection = _FORMAT.open_to_read(path)
+    if connection is None:
+        return []
+    with _FORMAT.translated(str(path)), closing(connection):
+        return _events(connection)
 
 
 def _events(connection: sqlite3.Connection) -> list[HistoryEvent]:
     events = []
     for seq, at, kind, job, body, crc32 in connection.execute(_SELECT):
-        if _crc32(at, kind, job, body) != crc32:
+        if row_crc32(at, kind, job, body) != crc32:
             raise sqlite3.DatabaseError(f"event {seq} is not what was written")
         events.append(HistoryEvent(seq, at, kind, job, json.loads(body)))
     return events
-
-
-def _crc32(at: float, kind: str, job: str, body: str) -> int:
-    """SQLite notices a broken page, but not a changed figure in it."""
-    return zlib.crc32("\0".join((repr(at), kind, job, body)).encode())
-
-
-def _damaged(where: str, detail: object) -> ObjectDamaged:
-    return ObjectDamaged(
-        f"{where} is damaged ({detail}). Nothing was deleted: move the folder away to start anew, "
-        f"or put a copy of it back"
-    )
-
-
-@contextmanager
-def _translated(where: str) -> Iterator[None]:
-    """Translates SQLite's errors."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-            raise StorageFull(f"no space is left to write {where}") from error
-        raise StoreError(f"{where} cannot be used: {error}") from error
-    except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
-        raise _damaged(where, error) from error
 
 
 class _FolderLock:
