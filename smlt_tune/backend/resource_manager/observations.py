@@ -118,7 +118,8 @@ class Plan:
     Attributes:
         chosen: What the resource manager would take.
         front: The allocations that nothing beats in both time and cost, by time.
-        feasible: Whether the chosen one is expected to keep the goal's limit.
+        feasible: False if no allocation is expected to keep the goal's limit, not even at the lucky
+            end of its interval.
         notes: What the user should know, one sentence each: an infeasible goal with the nearest
             feasible one, or that nothing is known of the length of the job.
         own: Profiles of the job itself that entered.

@@ -1,0 +1,231 @@
+r"""A Gaussian process on ln(time per iteration) with the analytic model inside.
+
+With the analytic model g linearised at the most probable theta, J its gradient there,
+
+    ln t ~ N(g(theta*) + J (theta0 - theta*),  J S0 J' + trial + field + context) + noise
+
+- ``J S0 J'``: what the data say about theta, with the prior N(theta0, S0). The prior covariance
+  with a mean that belongs to theta0, not the posterior, or the data would count twice.
+- ``trial``: each trial computes and synchronises a little faster or slower than its features say;
+  one effect for each share of its time.
+- ``field``: Matern 5/2 over (ln n, ln m): what the model gets wrong about allocations.
+- ``context``: Matern 5/2 over (ln n, ln m, ln P, ln F, ln B): the same, about models.
+
+The hyper-parameters are fixed: with the dozens of observations that a search has, fitting them
+costs more than it brings (and a fit in the middle of a job would make decisions jump). Kernels are
+gpytorch's; the posterior is written out, because an exact GP of gpytorch computes the covariance of
+all test points with each other, which costs twenty times as much as all the rest.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import gpytorch
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from smlt_tune.backend.resource_manager.physics import (
+    PRIOR,
+    THETA_MEAN,
+    THETA_SD,
+    IterationTime,
+    Points,
+    Times,
+)
+
+Array = NDArray[np.float64]
+
+#: Standard deviations of a trial's effects on its computation and on its synchronisation.
+TRIAL_COMPUTE_SD, TRIAL_SYNC_SD = 0.25, 0.25
+#: Standard deviation and length scales (ln n, ln m) of the field over allocations.
+FIELD_SD, FIELD_SCALES = 0.10, (1.5, 1.2)
+#: Standard deviation and length scales (ln n, ln m, ln P, ln F, ln B) of the field over models.
+CONTEXT_SD, CONTEXT_SCALES = 0.10, (1.5, 1.2, 1.5, 1.5, 1.5)
+#: Noise of one iteration and of any median, as standard deviations of ln t.
+ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.015
+#: A measurement that lies so many standard deviations above what the others say is a straggler.
+STRAGGLER_Z = 2.5
+#: Without the fields, what the analytic model gets wrong is noise, standard deviation of ln t.
+ANALYTIC_NOISE = 0.08
+_STEPS = 4
+_JITTER = 1e-8
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Times that were measured.
+
+    Attributes:
+        at: Where; p points.
+        ln_s: ln t, shape (p,).
+        iterations: Of how many iterations each is the median, shape (p,).
+        trials: Whose: equal numbers belong to one trial, shape (p,).
+    """
+
+    at: Points
+    ln_s: Array
+    iterations: Array
+    trials: Array
+
+
+class TrialEffect(gpytorch.kernels.Kernel):  # type: ignore[misc]
+    """Effects that the points of one trial share.
+
+    Inputs are (share in computation, share in synchronisation, trial), times standard deviation.
+    """
+
+    def forward(  # noqa: D102 - the contract is gpytorch's
+        self, x1: torch.Tensor, x2: torch.Tensor, *, diag: bool = False, **_: Any
+    ) -> torch.Tensor:
+        if diag:
+            return (x1[..., :2] * x2[..., :2]).sum(-1)
+        same = x1[..., 2:3] == x2[..., 2].unsqueeze(-2)
+        return same * (x1[..., :2] @ x2[..., :2].transpose(-1, -2))
+
+
+@cache
+def physics_kernel() -> gpytorch.kernels.Kernel:
+    """``J S0 J'`` + trial; its inputs are what :func:`features` gives."""
+    size = len(PRIOR)
+    physics = gpytorch.kernels.LinearKernel(active_dims=list(range(size)))
+    physics.variance = 1.0
+    trial = TrialEffect(active_dims=list(range(size, size + 3)))
+    return (physics + trial).double()
+
+
+@cache
+def residual_kernel() -> gpytorch.kernels.Kernel:
+    """Both fields; inputs as for the other. Does not depend on theta."""
+    at = len(PRIOR) + 3
+    field = _matern(FIELD_SD, FIELD_SCALES, at)
+    context = _matern(CONTEXT_SD, CONTEXT_SCALES, at)
+    return (field + context).double()
+
+
+def _matern(sd: float, scales: tuple[float, ...], first: int) -> gpytorch.kernels.Kernel:
+    inner = gpytorch.kernels.MaternKernel(
+        nu=2.5, ard_num_dims=len(scales), active_dims=list(range(first, first + len(scales)))
+    )
+    inner.lengthscale = torch.tensor(scales)
+    outer = gpytorch.kernels.ScaleKernel(inner)
+    outer.outputscale = sd**2
+    return outer
+
+
+def features(at: Points, times: Times, trials: Array) -> torch.Tensor:
+    """Inputs of the kernel, shape (p, 18).
+
+    Args:
+        at: The points.
+        times: What the analytic model says of them, at the theta it is linearised at.
+        trials: Numbers of their trials, shape (p,).
+    """
+    logs = [at.workers, at.memory_mb, at.parameters, at.flops, at.batch]
+    columns = [
+        *(times.gradient * THETA_SD).T,
+        TRIAL_COMPUTE_SD * times.compute_share,
+        TRIAL_SYNC_SD * (1.0 - times.compute_share),
+        trials,
+        *(np.log(column) for column in logs),
+    ]
+    return torch.from_numpy(np.stack(columns, axis=1))
+
+
+class GaussianProcess:
+    """The posterior of ln t, given measurements.
+
+    Args:
+        model: The analytic model.
+        measured: What was measured; may be empty.
+        residual: Whether there is anything but the analytic model.
+    """
+
+    def __init__(
+        self, model: IterationTime, measured: Measurements, *, residual: bool = True
+    ) -> None:
+        self._model = model
+        self._measured = measured
+        self._residual = residual
+        self._theta = THETA_MEAN
+        self._noise = noise_sd(measured.iterations) ** 2
+        if not residual:
+            self._noise = self._noise + ANALYTIC_NOISE**2
+        if len(measured.ln_s):
+            self._fit()
+            if self._discount_stragglers():
+                self._fit()
+
+    @property
+    def theta(self) -> Array:
+        """Most probable unknowns of the analytic model, as in ``physics.PRIOR``."""
+        return self._theta
+
+    def predict(self, at: Points, trials: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation of ln t without noise, each of shape (p,).
+
+        Args:
+            at: Where; p points.
+            trials: Whose, shape (p,).
+        """
+        times = self._model(at, self._theta)
+        mean = times.ln_s + times.gradient @ (THETA_MEAN - self._theta)
+        x = features(at, times, trials)
+        with torch.no_grad():
+            variance = self._own(x).numpy()
+            if len(self._measured.ln_s):
+                across = self._physics(self._x, x) + self._apart(self._x, x)
+                half = torch.linalg.solve_triangular(self._factor, across, upper=False)
+                mean = mean + (across.T @ self._weights).numpy()
+                variance = variance - (half**2).sum(0).numpy()
+        return mean, np.sqrt(np.maximum(variance, 1e-6))
+
+    def _fit(self) -> None:
+        """Finds the most probable theta, and the posterior there (Gauss-Newton)."""
+        measured = self._measured
+        apart: torch.Tensor | None = None
+        for last in (*[False] * (_STEPS - 1), True):
+            times = self._model(measured.at, self._theta)
+            self._x = x = features(measured.at, times, measured.trials)
+            surprise = measured.ln_s - times.ln_s - times.gradient @ (THETA_MEAN - self._theta)
+            with torch.no_grad():
+                if apart is None:  # the same for every theta
+                    apart = self._apart(x, x)
+                    apart.diagonal().add_(torch.from_numpy(self._noise) + _JITTER)
+                self._factor = torch.linalg.cholesky(self._physics(x, x) + apart)
+                self._weights = torch.cholesky_solve(
+                    torch.from_numpy(surprise)[:, None], self._factor
+                )[:, 0]
+            if not last:
+                step = THETA_SD**2 * (times.gradient.T @ self._weights.numpy())
+                self._theta = THETA_MEAN + step
+
+    def _discount_stragglers(self) -> bool:
+        """Adds noise to what is far slower than the other measurements say (leave one out)."""
+        inverse = torch.cholesky_inverse(self._factor).diagonal().numpy()
+        z = self._weights.numpy() / np.sqrt(inverse)
+        slow = z > STRAGGLER_Z
+        self._noise = self._noise + np.where(slow, (z / np.sqrt(inverse)) ** 2, 0.0)
+        return bool(slow.any())
+
+    def _physics(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if not self._residual:
+            return a[:, : len(PRIOR)] @ b[:, : len(PRIOR)].T
+        return torch.as_tensor(physics_kernel()(a, b).to_dense())
+
+    def _apart(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if not self._residual:
+            return torch.zeros(len(a), len(b), dtype=a.dtype)
+        return torch.as_tensor(residual_kernel()(a, b).to_dense())
+
+    def _own(self, a: torch.Tensor) -> torch.Tensor:
+        """Variance of each."""
+        if not self._residual:
+            return (a[:, : len(PRIOR)] ** 2).sum(1)
+        return torch.as_tensor(physics_kernel()(a, diag=True) + residual_kernel()(a, diag=True))
+
+
+def noise_sd(iterations: Array) -> Array:
+    """Standard deviation of ln(median of some iterations), shape of the argument."""
+    return np.asarray(np.sqrt(NOISE_FLOOR**2 + ITERATION_NOISE**2 / np.maximum(iterations, 1.0)))

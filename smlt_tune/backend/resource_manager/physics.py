@@ -1,0 +1,249 @@
+r"""Analytic model of the time per iteration, and of what a job takes and costs.
+
+The form is that of CE-scaling's equations 2 to 5 with their errors corrected and SMLT's sharded
+synchronisation (3.3) in place of a leader that merges whole models.
+
+| symbol | meaning | unit |
+|---|---|---|
+| n, m | workers, memory of each | 1, MB |
+| B, b | global batch, largest part of it that a worker gets: ceil(B / n) | samples |
+| P, M, F | parameters, synchronised bytes, FLOPs per sample (forward and backward) | |
+| s(m), R, w, h | speed, FLOP/s, link and handling of a function: ``tables.py`` | |
+| W, l, L | bandwidth and latency of a store; what other jobs move through it | byte/s, s, byte/s |
+| N, r | iterations; time outside of them over the time inside | 1 |
+| p_fn, p_run | prices of memory-time and of a start | USD per GB-s, USD |
+
+Time per iteration, with the unknowns in Greek::
+
+    compute = (kappa F (b + beta) / R + pi P + tau) / s*(m) * (1 + varsigma sqrt(2 ln n))
+    s*(m)   = s(m) up to 1,769 MB, above it 1 / (1 - phi + phi / s(m))              (Amdahl)
+    V       = 3 M - 2 M / n                               bytes that a worker moves (n > 1)
+    sync    = |V / (omega w), n V / (Omega (W - L))|_4
+              + lambda l (4 + (3 n + 1) / 5) + eta h V / s*(m)
+    t       = compute + sync                              (sync = 0 for n = 1)
+
+``beta`` is the loss of efficiency of small parts, ``varsigma`` the price of waiting for the slowest
+of n. ``|a, b|_4`` is a smooth maximum: a function's link or the store, whichever is narrower. All
+unknowns are positive (phi is below 1) and lie in a vector theta of logarithms (phi: of the odds),
+with a Gaussian prior.
+
+A job, with k = ceil(T / time limit) generations of functions::
+
+    T = t0 + N t (1 + r) + (k - 1) t_move
+    C = n (k p_run + (T + (k - 1) t0) m / 1024 p_fn)
+        + T (store, by the second) + N n (3 n + 1) (store, by the request)
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smlt_tune.backend.platforms.base import MB_PER_VCPU
+from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
+
+Array = NDArray[np.float64]
+
+#: Names of theta's entries, their prior medians, and the standard deviations of their logarithms.
+PRIOR = {
+    "kappa": (1.0, 0.8),
+    "beta": (4.0, 1.5),
+    "pi": (4e-9, 1.0),
+    "tau": (2e-3, 1.5),
+    "phi": (10.0, 1.2),
+    "varsigma": (0.04, 0.8),
+    "omega": (1.0, 0.4),
+    "Omega": (1.0, 0.6),
+    "lambda": (1.0, 0.8),
+    "eta": (1.0, 0.6),
+}
+THETA_MEAN: Array = np.array([math.log(median) for median, _ in PRIOR.values()])
+THETA_SD: Array = np.array([sd for _, sd in PRIOR.values()])
+_INDEX = {name: i for i, name in enumerate(PRIOR)}
+
+#: FLOPs per parameter and sample of a dense layer, forward and backward: for want of a count.
+DENSE_FLOPS = 6.0
+#: How long a hand-over holds up training, in seconds: the last iteration, a checkpoint, the next.
+MOVE_S = 0.2
+#: A store that other jobs keep busy still gives this share.
+LEAST_SHARE = 0.1
+_NORM = 4.0
+
+
+@dataclass(frozen=True)
+class Points:
+    """Places in the space of (workload, allocation); all arrays have the same shape (p,).
+
+    Attributes:
+        workers: n.
+        memory_mb: m.
+        parameters: P.
+        sync_bytes: M.
+        flops: F.
+        batch: B.
+        latency_s: l of the store of each.
+        store_bandwidth: W - L of the store of each.
+    """
+
+    workers: Array
+    memory_mb: Array
+    parameters: Array
+    sync_bytes: Array
+    flops: Array
+    batch: Array
+    latency_s: Array
+    store_bandwidth: Array
+
+    @property
+    def part(self) -> Array:
+        """The largest part of a batch that a worker gets, samples."""
+        return np.ceil(self.batch / self.workers)
+
+
+def free_bandwidth(store: StoreTable, load: float) -> float:
+    """What a store has left for a job, bytes per second."""
+    return max(store.bandwidth - load, LEAST_SHARE * store.bandwidth)
+
+
+def worker_bytes(gradient_bytes: float, workers: int) -> float:
+    """What one worker sends and receives per synchronisation: 3 M - 2 M / n bytes."""
+    return gradient_bytes * (3.0 - 2.0 / workers) if workers > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """What the model says of some points; arrays of shape (p,).
+
+    Attributes:
+        ln_s: ln t.
+        compute_share: Part of t in computation.
+        gradient: d ln t / d theta; shape (p, len(theta)).
+    """
+
+    ln_s: Array
+    compute_share: Array
+    gradient: Array
+
+
+class IterationTime:
+    """The model of the time per iteration on one platform.
+
+    Args:
+        table: Of the platform.
+    """
+
+    def __init__(self, table: PlatformTable) -> None:
+        self._table = table
+
+    def __call__(self, at: Points, theta: Array) -> Times:
+        """Time per iteration, its parts and its derivatives.
+
+        Args:
+            at: Where; p points.
+            theta: Of the unknowns, as in ``PRIOR``.
+        """
+        kappa, beta, pi, tau, odds, varsigma, omega, big_omega, lam, eta = np.exp(theta)
+        table, n, many = self._table, at.workers, at.workers > 1
+        speed, d_speed = self._speed(at.memory_mb, odds)
+        straggling = varsigma * np.sqrt(2.0 * np.log(n))
+        scale = (1.0 + straggling) / speed
+        samples = kappa * at.flops * at.part / table.flops * scale
+        lost = kappa * at.flops * beta / table.flops * scale
+        per_parameter, fixed = pi * at.parameters * scale, tau * scale
+        compute = samples + lost + per_parameter + fixed
+
+        moved = np.where(many, at.sync_bytes * (3.0 - 2.0 / n), 0.0)
+        link = moved / (omega * table.bandwidth)
+        store = n * moved / (big_omega * at.store_bandwidth)
+        narrowest = (link**_NORM + store**_NORM) ** (1.0 / _NORM)
+        requests = np.where(many, lam * at.latency_s * (4.0 + (3.0 * n + 1.0) / 5.0), 0.0)
+        handling = eta * table.handling_s * moved / speed
+        total = compute + narrowest + requests + handling
+
+        with np.errstate(invalid="ignore", divide="ignore"):
+            of_link = np.where(many, narrowest * (link / narrowest) ** _NORM, 0.0)
+        gradient = np.stack(
+            [
+                samples + lost,
+                lost,
+                per_parameter,
+                fixed,
+                -(compute + handling) * d_speed,
+                compute * straggling / (1.0 + straggling),
+                -of_link,
+                -(narrowest - of_link),
+                requests,
+                handling,
+            ],
+            axis=1,
+        )
+        return Times(np.log(total), compute / total, gradient / total[:, None])
+
+    def _speed(self, memory_mb: Array, odds: float) -> tuple[Array, Array]:
+        """s*(m), and the derivative of its logarithm by the logarithm of the odds of phi."""
+        speed = self._table.speed_at(memory_mb)
+        phi = odds / (1.0 + odds)
+        above = (memory_mb > MB_PER_VCPU) & (speed > 1.0)
+        parallel = 1.0 / (1.0 - phi + phi / speed)
+        slope = parallel * (1.0 - 1.0 / speed) * phi * (1.0 - phi)
+        return np.where(above, parallel, speed), np.where(above, slope, 0.0)
+
+
+@dataclass(frozen=True)
+class JobTerms:
+    """What turns a time per iteration into a job's time and cost, for p allocations.
+
+    Attributes:
+        iterations: N.
+        other_share: r.
+        start_s: t0; billed for every function that starts.
+        delay_s: What passes before training goes on, shape (p,): t0 for a new job, a hand-over for
+            one that moves.
+        starts: Whether functions have to start first, shape (p,): 1 or 0.
+        time_limit_s: Of an invocation.
+        workers: n, shape (p,).
+        memory_mb: m, shape (p,).
+        gb_second_usd: p_fn.
+        request_usd: p_run.
+        store_usd_per_s: Price of each allocation's store by the second, shape (p,).
+        store_usd_per_request: The same by the request.
+    """
+
+    iterations: float
+    other_share: float
+    start_s: float
+    delay_s: Array
+    starts: Array
+    time_limit_s: float
+    workers: Array
+    memory_mb: Array
+    gb_second_usd: float
+    request_usd: float
+    store_usd_per_s: Array
+    store_usd_per_request: Array
+
+    def time_s(self, iteration_s: Array) -> Array:
+        """Time to the job's end, given t; shape (p,)."""
+        training = self._training_s(iteration_s)
+        return self.delay_s + training + self._moves(training) * MOVE_S
+
+    def cost_usd(self, iteration_s: Array) -> Array:
+        """Cost to the job's end, given t; shape (p,)."""
+        n, training = self.workers, self._training_s(iteration_s)
+        moves = self._moves(training)
+        runs = self.starts + moves
+        seconds = training + moves * MOVE_S + runs * self.start_s
+        functions = n * (
+            runs * self.request_usd + seconds * self.memory_mb / 1024.0 * self.gb_second_usd
+        )
+        requests = np.where(n > 1, n * (3.0 * n + 1.0), 0.0) * self.iterations
+        stores = training * self.store_usd_per_s + requests * self.store_usd_per_request
+        return functions + stores
+
+    def _training_s(self, iteration_s: Array) -> Array:
+        return self.iterations * iteration_s * (1.0 + self.other_share)
+
+    def _moves(self, training_s: Array) -> Array:
+        """How often functions reach their time limit before the end."""
+        return np.maximum(0.0, np.ceil(training_s / self.time_limit_s) - 1.0)
