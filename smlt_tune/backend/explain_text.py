@@ -1,11 +1,10 @@
 """Explanations as people read them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
 from smlt_tune.backend.explain import Explanation, Happened, Predicted, Step
-from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Allocation, Interval
 from smlt_tune.backend.sweeps import words
 
 
@@ -34,28 +33,17 @@ def table(jobs: Sequence[Explanation]) -> Table:
             job.status,
             "-" if job.duration_s is None else words.seconds(job.duration_s),
             "-" if job.cost_usd is None else words.usd(job.cost_usd),
-            " > ".join(map(allocation, distinct)) or "-",
+            " > ".join(map(words.allocation, distinct)) or "-",
             job.steps[-1].reason if job.steps else "-",
         )
     return shown
 
 
-def allocation(one: Allocation) -> str:
-    """``4 x 1769 MB``, and the store unless it is the only one."""
-    store = "" if one.store == DEFAULT_STORE else f" on {one.store}"
-    return f"{one.workers} x {one.memory_mb} MB{store}"
-
-
-def within(range_: Interval, say: Callable[[float], str]) -> str:
-    """A prediction with its 90 % interval, such as ``48 s (40 s to 1:02)``."""
-    return f"{say(range_.mid)} ({say(range_.low)} to {say(range_.high)})"
-
-
 def _step(step: Step) -> Iterator[str]:
     moved = ""
     if step.before is not None and step.before != step.allocation:
-        moved = f"{allocation(step.before)} > "
-    yield f"{words.seconds(step.time_s):>8}  {moved}{allocation(step.allocation)}"
+        moved = f"{words.allocation(step.before)} > "
+    yield f"{words.seconds(step.time_s):>8}  {moved}{words.allocation(step.allocation)}"
     for name, text in _details(step):
         yield f"          {name:<10} {text}"
 
@@ -75,16 +63,18 @@ def _details(step: Step) -> Iterator[tuple[str, str]]:
     for number, one in enumerate(step.alternatives):
         facts = [] if one.time_s is None else [words.seconds(one.time_s)]
         facts += [] if one.cost_usd is None else [words.usd(one.cost_usd)]
-        text = f"{allocation(one.allocation)}{': ' if facts else ''}{', '.join(facts)}"
+        text = f"{words.allocation(one.allocation)}{': ' if facts else ''}{', '.join(facts)}"
         yield "" if number else "instead of", text
     if not step.decided:
         yield "decided", "by nobody: it was started again"
 
 
 def _predicted(one: Predicted) -> str:
-    parts = [f"{within(one.time_s, words.seconds)} to the end"] if one.time_s else []
-    parts += [within(one.cost_usd, words.usd)] if one.cost_usd else []
-    parts += [f"{within(one.iteration_s, _brief)} per iteration"] if one.iteration_s else []
+    parts = [f"{words.within(one.time_s, words.seconds)} to the end"] if one.time_s else []
+    parts += [words.within(one.cost_usd, words.usd)] if one.cost_usd else []
+    parts += (
+        [f"{words.within(one.iteration_s, words.brief)} per iteration"] if one.iteration_s else []
+    )
     parts += [f"memory is enough with {one.fits:.0%}"] if one.fits is not None else []
     return "; ".join(parts)
 
@@ -93,14 +83,11 @@ def _happened(one: Happened) -> str:
     parts = [f"{words.seconds(one.time_s)} to the end"] if one.time_s is not None else []
     parts += [words.usd(one.cost_usd)] if one.cost_usd is not None else []
     if one.iteration_s is not None:
-        parts.append(f"{_brief(one.iteration_s)} per iteration, over {one.iterations:,} of them")
+        parts.append(
+            f"{words.brief(one.iteration_s)} per iteration, over {one.iterations:,} of them"
+        )
     if one.peak_mb is not None:
         parts.append(f"at most {one.peak_mb:,.0f} MB in use")
     if one.out_of_memory:
         parts.append("the memory was not enough")
     return "; ".join(parts)
-
-
-def _brief(duration_s: float) -> str:
-    """A time per iteration."""
-    return f"{1000 * duration_s:.3g} ms" if duration_s < 1 else f"{duration_s:.3g} s"

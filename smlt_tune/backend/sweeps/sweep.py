@@ -117,6 +117,13 @@ class Sweep:
         """
         return platform_class(self.platform)(**self.platform_options)
 
+    def config_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What the training function of a trial with these parameters is given."""
+        config = {**self.config, **params}
+        if isinstance(self.workers, WorkersFrom) and not self.workers.table:
+            del config[self.workers.parameter]
+        return config
+
     def workers_of(self, params: Mapping[str, Any]) -> int | None:
         """Number of workers of a trial with these parameters, if pinned."""
         return self.workers(params) if isinstance(self.workers, WorkersFrom) else self.workers

@@ -1,6 +1,9 @@
 """Numbers as people read them."""
 
+from collections.abc import Callable
 from typing import Any
+
+from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Allocation, Interval
 
 
 def usd(amount: float | None) -> str:
@@ -18,6 +21,22 @@ def seconds(duration: float) -> str:
     minutes, rest = divmod(round(duration), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def brief(duration: float) -> str:
+    """A time per iteration: ``31.6 ms`` or ``1.25 s``."""
+    return f"{1000 * duration:.3g} ms" if duration < 1 else f"{duration:.3g} s"
+
+
+def within(range_: Interval, say: Callable[[float], str]) -> str:
+    """A prediction with its 90 % interval: ``48 s (40 s to 1:02)``."""
+    return f"{say(range_.mid)} ({say(range_.low)} to {say(range_.high)})"
+
+
+def allocation(one: Allocation) -> str:
+    """``4 x 1769 MB``, and the store unless it is the only one."""
+    store = "" if one.store == DEFAULT_STORE else f" on {one.store}"
+    return f"{one.workers} x {one.memory_mb} MB{store}"
 
 
 def value(number: Any) -> str:

@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from smlt_tune.backend.sweeps.board import Board
-from smlt_tune.backend.sweeps.space import Categorical, FloatParameter, WorkersFrom
+from smlt_tune.backend.sweeps.space import Categorical, FloatParameter
 from smlt_tune.backend.sweeps.sweep import Sweep
 from smlt_tune.errors import JobError
 from smlt_tune.integrations.optuna.studies import optimize
@@ -67,12 +67,9 @@ def _study(sweep: Sweep) -> optuna.Study:
 def _objective(sweep: Sweep, fleet: "Fleet", board: Board, trial: optuna.Trial) -> float:
     params = _suggest(sweep, trial)
     board.begin(trial.number, params)
-    config = {**sweep.config, **params}
-    if isinstance(sweep.workers, WorkersFrom) and not sweep.workers.table:
-        del config[sweep.workers.parameter]
     try:
         outcome = run(
-            trial, sweep.train, config, fleet=fleet, metric=sweep.metric,
+            trial, sweep.train, sweep.config_of(params), fleet=fleet, metric=sweep.metric,
             workers=sweep.workers_of(params), max_workers=sweep.max_workers,
             memory_mb=sweep.memory_mb, seed=sweep.seed, watch=partial(board.watch, trial.number),
         )  # fmt: skip
