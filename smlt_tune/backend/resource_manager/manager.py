@@ -533,19 +533,16 @@ class _Outlook:
 
     def _job_terms(self, current: Allocation | None) -> JobTerms:
         known, grid, size = self._known, self._grid, len(self._grid.workers)
-        start_s = known.start_s()
-        starts, delay = np.ones(size), np.full(size, start_s)
-        if current is not None:  # the others start while this one trains
-            delay = np.full(size, MOVE_S)
-            delay[self.index(current)] = starts[self.index(current)] = 0.0
+        start_s, other = known.start_s(), known.other_share()
+        told = known.iterations_left()
         stores = list(known.stores.values())
-        iterations = known.iterations_left()
-        return JobTerms(
-            iterations=float(UNKNOWN_ITERATIONS if iterations is None else iterations),
-            other_share=known.other_share(),
+        whole = JobTerms(
+            iterations=np.full(size, float(UNKNOWN_ITERATIONS if told is None else told)),
+            other_share=other,
             start_s=start_s,
-            delay_s=delay,
-            starts=starts,
+            before_s=np.full(size, start_s),
+            before_usd=np.zeros(size),
+            starts=np.ones(size),
             time_limit_s=self._facts.limits.time_limit_s,
             workers=grid.workers,
             memory_mb=grid.memory_mb,
@@ -553,6 +550,22 @@ class _Outlook:
             request_usd=float(known.prices.request_usd),
             store_usd_per_s=np.array([s.usd_per_hour / 3600.0 for s in stores])[grid.store],
             store_usd_per_request=np.array([s.usd_per_request for s in stores])[grid.store],
+        )
+        return whole if current is None else self._moving_terms(whole, self.index(current))
+
+    def _moving_terms(self, whole: JobTerms, stay: int) -> JobTerms:
+        """For a job that trains where it is until the functions of its next place are there."""
+        iteration_s = float(np.exp(self._mean[stay])) * (1.0 + whole.other_share)
+        left = whole.iterations[stay]
+        meanwhile = min(whole.start_s / iteration_s, left)
+        per_s = self.workers[stay] * self.memory_mb[stay] / 1024.0 * whole.gb_second_usd
+        others = np.arange(len(self.workers)) != stay
+        return replace(
+            whole,
+            iterations=np.where(others, left - meanwhile, left),
+            before_s=np.where(others, meanwhile * iteration_s + MOVE_S, 0.0),
+            before_usd=np.where(others, meanwhile * iteration_s * per_s, 0.0),
+            starts=np.where(others, 1.0, 0.0),
         )
 
     def restrict(self, mask: NDArray[np.bool_]) -> None:

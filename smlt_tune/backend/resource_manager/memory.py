@@ -27,8 +27,9 @@ TRIAL_SD = 0.12
 UNKNOWN_SD = 0.4
 #: Of a measured peak: a share, and MB.
 NOISE_SD, NOISE_MB = 0.02, 4.0
-#: After an out-of-memory error the peak is taken to lie so far above the limit, and as uncertain.
-BEYOND = 0.15
+#: After an out-of-memory error the peak is taken to lie so far above the limit, as a share of it,
+#: and to be so uncertain: little, because the limit is a fact and the rest only a model.
+BEYOND, BEYOND_SD = 0.15, 0.02
 #: Share of a function's memory that its worker may fill.
 USABLE = 0.97
 _MB = 2.0**20
@@ -76,7 +77,7 @@ class MemoryModel:
             # What the others say may put it higher still; then the bound has nothing to add.
             expected = _expected(seen, peaks, ~above)
             assumed = np.where(above, np.maximum(peaks * (1.0 + BEYOND), expected), peaks)
-            self._fit(assumed, np.where(above, BEYOND * assumed, NOISE_SD * peaks + NOISE_MB))
+            self._fit(assumed, np.where(above, BEYOND_SD * assumed, NOISE_SD * peaks + NOISE_MB))
 
     def _fit(self, peaks: Array, noise: Array) -> None:
         covariance = _covariance(self._seen, self._seen) + np.diag(noise**2)

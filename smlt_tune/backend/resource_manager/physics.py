@@ -32,6 +32,8 @@ A job, with k = ceil(T / time limit) generations of functions::
     T = t0 + N t (1 + r) + (k - 1) t_move
     C = n (k p_run + (T + (k - 1) t0) m / 1024 p_fn)
         + T (store, by the second) + N n (3 n + 1) (store, by the request)
+
+A job that moves trains on where it is until the new functions are there, t0 later.
 """
 
 import math
@@ -195,11 +197,11 @@ class JobTerms:
     """What turns a time per iteration into a job's time and cost, for p allocations.
 
     Attributes:
-        iterations: N.
+        iterations: N, shape (p,).
         other_share: r.
         start_s: t0; billed for every function that starts.
-        delay_s: What passes before training goes on, shape (p,): t0 for a new job, a hand-over for
-            one that moves.
+        before_s: What passes before these iterations, shape (p,).
+        before_usd: What that costs besides the start of functions, shape (p,).
         starts: Whether functions have to start first, shape (p,): 1 or 0.
         time_limit_s: Of an invocation.
         workers: n, shape (p,).
@@ -210,10 +212,11 @@ class JobTerms:
         store_usd_per_request: The same by the request.
     """
 
-    iterations: float
+    iterations: Array
     other_share: float
     start_s: float
-    delay_s: Array
+    before_s: Array
+    before_usd: Array
     starts: Array
     time_limit_s: float
     workers: Array
@@ -226,7 +229,7 @@ class JobTerms:
     def time_s(self, iteration_s: Array) -> Array:
         """Time to the job's end, given t; shape (p,)."""
         training = self._training_s(iteration_s)
-        return self.delay_s + training + self._moves(training) * MOVE_S
+        return self.before_s + training + self._moves(training) * MOVE_S
 
     def cost_usd(self, iteration_s: Array) -> Array:
         """Cost to the job's end, given t; shape (p,)."""
@@ -239,7 +242,7 @@ class JobTerms:
         )
         requests = np.where(n > 1, n * (3.0 * n + 1.0), 0.0) * self.iterations
         stores = training * self.store_usd_per_s + requests * self.store_usd_per_request
-        return functions + stores
+        return self.before_usd + functions + stores
 
     def _training_s(self, iteration_s: Array) -> Array:
         return self.iterations * iteration_s * (1.0 + self.other_share)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from smlt_tune.backend.goals import Cheapest, Goal, goal_mistakes
 from smlt_tune.backend.platforms.base import MB_PER_VCPU, PlatformLimits
@@ -10,6 +10,7 @@ from smlt_tune.backend.resource_manager.observations import (
     DEFAULT_STORE,
     Allocation,
     Decision,
+    Plan,
     Profile,
     Workload,
     not_counts,
@@ -61,6 +62,7 @@ class JobFacts:
         functions: How many functions the fleet grants it at most, those that it has included.
         start_s: What a start of functions took lately on this platform, seconds; 0 if unknown.
         store_load: What the fleet's other jobs move through each store, bytes per second.
+        stores: Names of the fleet's parameter stores.
     """
 
     job_id: str
@@ -77,6 +79,7 @@ class JobFacts:
     functions: int | None = None
     start_s: float = 0.0
     store_load: Mapping[str, float] = field(default_factory=dict)
+    stores: tuple[str, ...] = (DEFAULT_STORE,)
 
 
 class AllocationPolicy(Protocol):
@@ -106,6 +109,14 @@ class AllocationPolicy(Protocol):
         """For a job that runs; None to stay with what it has."""
 
 
+@runtime_checkable
+class Plans(Protocol):
+    """A policy that can say what a job will take before it costs anything."""
+
+    def plan(self, facts: JobFacts) -> Plan:
+        """What it would choose, what else there is, and whether the goal can be kept."""
+
+
 class PinnedOrDefault:
     """Pins win. Otherwise two workers of one virtual CPU each; twice the memory once it runs out.
 
@@ -122,7 +133,8 @@ class PinnedOrDefault:
             workers = max(bounds.min_workers, min(_DEFAULT_WORKERS, most_workers(facts)))
         memory_mb = bounds.memory_mb
         if memory_mb is None:
-            memory_mb = max(limits.min_memory_mb, min(MB_PER_VCPU, limits.max_memory_mb))
+            low, high = memory_range(facts)
+            memory_mb = max(low, min(MB_PER_VCPU, high))
         store = bounds.store or DEFAULT_STORE
         return Decision(Allocation(workers, memory_mb, store), "pinned, or the default")
 
@@ -130,7 +142,7 @@ class PinnedOrDefault:
         self, facts: JobFacts, peak_mb: float
     ) -> Decision | None:
         current = facts.allocation or self.first(facts).allocation
-        most = facts.limits.max_memory_mb
+        _, most = memory_range(facts)
         if facts.bounds.memory_mb is not None or current.memory_mb >= most:
             return None
         larger = replace(current, memory_mb=min(2 * current.memory_mb, most))
@@ -147,6 +159,16 @@ def most_workers(facts: JobFacts) -> int:
     return platform if wanted is None else min(wanted, platform)
 
 
+def memory_range(facts: JobFacts) -> tuple[int, int]:
+    """Smallest and largest memory that both the user and the platform allow, MB."""
+    bounds, limits = facts.bounds, facts.limits
+    low, high = bounds.min_memory_mb, bounds.max_memory_mb
+    return (
+        limits.min_memory_mb if low is None else max(low, limits.min_memory_mb),
+        limits.max_memory_mb if high is None else min(high, limits.max_memory_mb),
+    )
+
+
 def check(facts: JobFacts) -> list[str]:
     """Every mistake in what the user fixed, one sentence each; empty if the job can be placed."""
     bounds = facts.bounds
@@ -155,12 +177,15 @@ def check(facts: JobFacts) -> list[str]:
         "memory_mb": bounds.memory_mb,
         "min_workers": bounds.min_workers,
         "max_workers": bounds.max_workers,
+        "min_memory_mb": bounds.min_memory_mb,
+        "max_memory_mb": bounds.max_memory_mb,
     }
     # What is no number cannot be compared.
     mistakes = not_counts({name: value for name, value in given.items() if value is not None})
-    return goal_mistakes(facts.goal) + (
-        mistakes or _check_workers(bounds, facts.limits) + _check_memory(bounds, facts.limits)
+    mistakes = mistakes or (
+        _check_workers(bounds, facts.limits) + _check_memory(bounds, facts.limits)
     )
+    return goal_mistakes(facts.goal) + mistakes + _check_store(facts)
 
 
 def _check_workers(bounds: Bounds, limits: PlatformLimits) -> list[str]:
@@ -183,10 +208,29 @@ def _check_workers(bounds: Bounds, limits: PlatformLimits) -> list[str]:
 
 
 def _check_memory(bounds: Bounds, limits: PlatformLimits) -> list[str]:
-    low, high, pinned = limits.min_memory_mb, limits.max_memory_mb, bounds.memory_mb
-    if pinned is None or low <= pinned <= high:
+    least, most = limits.min_memory_mb, limits.max_memory_mb
+    low, high, pinned = bounds.min_memory_mb, bounds.max_memory_mb, bounds.memory_mb
+    given = {"memory_mb": pinned, "min_memory_mb": low, "max_memory_mb": high}
+    mistakes = [
+        f"{name}={value} is not among what the platform offers ({least} to {most} MB)"
+        for name, value in given.items()
+        if value is not None and not least <= value <= most
+    ]
+    if low is not None and high is not None and low > high:
+        mistakes.append(f"min_memory_mb={low} is more than max_memory_mb={high}")
+    if pinned is not None and high is not None and pinned > high:
+        mistakes.append(f"memory_mb={pinned} is more than max_memory_mb={high}")
+    if pinned is not None and low is not None and pinned < low:
+        mistakes.append(f"memory_mb={pinned} is less than min_memory_mb={low}")
+    return mistakes
+
+
+def _check_store(facts: JobFacts) -> list[str]:
+    store = facts.bounds.store
+    if store is None or store in facts.stores:
         return []
-    return [f"memory_mb={pinned} is not among what the platform offers ({low} to {high} MB)"]
+    known = ", ".join(facts.stores)
+    return [f"store={store!r} is none of the fleet's parameter stores: {known}"]
 
 
 def _most_on_platform(limits: PlatformLimits) -> int:

@@ -13,6 +13,7 @@ from smlt_tune.backend.resource_manager.policy import (
     JobFacts,
     PinnedOrDefault,
     check,
+    memory_range,
     most_workers,
 )
 from smlt_tune.errors import InvalidInput
@@ -23,7 +24,8 @@ POLICY: AllocationPolicy = PinnedOrDefault()
 
 
 def facts(limits=LIMITS, allocation=None, **bounds):
-    return JobFacts("job-1", limits, bounds=Bounds(**bounds), allocation=allocation)
+    stores = ("default", "large")
+    return JobFacts("job-1", limits, bounds=Bounds(**bounds), allocation=allocation, stores=stores)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,9 @@ def facts(limits=LIMITS, allocation=None, **bounds):
         (facts(replace(LIMITS, concurrency=1)), Allocation(1, 1769)),
         (facts(replace(LIMITS, max_memory_mb=1024)), Allocation(2, 1024)),
         (facts(replace(LIMITS, min_memory_mb=2048)), Allocation(2, 2048)),
+        (facts(max_memory_mb=1024), Allocation(2, 1024)),
+        (facts(min_memory_mb=3008, max_memory_mb=4096), Allocation(2, 3008)),
+        (facts(store="large"), Allocation(2, 1769, "large")),
     ],
 )
 def test_pins_win_and_the_rest_is_two_workers_of_one_vcpu(known, allocation):
@@ -55,6 +60,8 @@ def test_pins_win_and_the_rest_is_two_workers_of_one_vcpu(known, allocation):
         (facts(allocation=Allocation(4, 10240)), None),
         (facts(allocation=Allocation(4, 1769), memory_mb=1769), None),
         (facts(allocation=Allocation(4, 1769), workers=4), Allocation(4, 3538)),
+        (facts(allocation=Allocation(4, 1769), max_memory_mb=2048), Allocation(4, 2048)),
+        (facts(allocation=Allocation(4, 2048), max_memory_mb=2048), None),
     ],
 )
 def test_memory_doubles_until_it_is_pinned_or_there_is_no_more(known, allocation):
@@ -86,6 +93,26 @@ def test_a_running_job_stays_as_it_is():
         (facts(workers=True), ["workers must be a whole number of at least 1, not True"]),
         (facts(min_workers=1.5), ["min_workers must be a whole number of at least 1, not 1.5"]),
         (facts(max_workers="9"), ["max_workers must be a whole number of at least 1, not '9'"]),
+        (facts(min_memory_mb=64), [f"min_memory_mb=64 {NOT_OFFERED}"]),
+        (facts(max_memory_mb=20000), [f"max_memory_mb=20000 {NOT_OFFERED}"]),
+        (
+            facts(min_memory_mb=2048, max_memory_mb=1024),
+            ["min_memory_mb=2048 is more than max_memory_mb=1024"],
+        ),
+        (
+            facts(memory_mb=1769, max_memory_mb=1024),
+            ["memory_mb=1769 is more than max_memory_mb=1024"],
+        ),
+        (
+            facts(memory_mb=512, min_memory_mb=1024),
+            ["memory_mb=512 is less than min_memory_mb=1024"],
+        ),
+        (facts(min_memory_mb=0), ["min_memory_mb must be a whole number of at least 1, not 0"]),
+        (
+            facts(store="fast"),
+            ["store='fast' is none of the fleet's parameter stores: default, large"],
+        ),
+        (facts(store="large", workers=0), ["workers must be a whole number of at least 1, not 0"]),
         (facts(memory_mb=-1), ["memory_mb must be a whole number of at least 1, not -1"]),
     ],
 )  # fmt: skip
@@ -128,7 +155,9 @@ def test_an_impossible_allocation_cannot_be_made(arguments, mistakes):
 
 maybe_count = st.none() | st.integers(1, 80)
 maybe_mb = st.none() | st.integers(1, 12000)
-any_bounds = st.builds(Bounds, maybe_count, maybe_mb, st.integers(1, 80), maybe_count)
+any_bounds = st.builds(
+    Bounds, maybe_count, maybe_mb, st.integers(1, 80), maybe_count, maybe_mb, maybe_mb
+)
 any_limits = st.builds(
     PlatformLimits,
     st.integers(1, 3000),
@@ -146,13 +175,14 @@ def test_whatever_passes_the_check_gets_an_allocation_within_all_bounds(bounds, 
         return
     allocation = POLICY.first(known).allocation
     assert bounds.min_workers <= allocation.workers <= most_workers(known)
-    assert limits.min_memory_mb <= allocation.memory_mb <= limits.max_memory_mb
+    low, high = memory_range(known)
+    assert limits.min_memory_mb <= low <= allocation.memory_mb <= high <= limits.max_memory_mb
     assert bounds.workers in (None, allocation.workers)
     assert bounds.memory_mb in (None, allocation.memory_mb)
     steps = 0
     while (
         more := POLICY.after_out_of_memory(replace(known, allocation=allocation), 0)
     ) is not None:
-        assert allocation.memory_mb < more.allocation.memory_mb <= limits.max_memory_mb
+        assert allocation.memory_mb < more.allocation.memory_mb <= high
         allocation, steps = more.allocation, steps + 1
     assert steps < 20

@@ -1,0 +1,157 @@
+import gpytorch
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from smlt_tune.backend.resource_manager import gaussian_process as gp
+from smlt_tune.backend.resource_manager.physics import (
+    THETA_MEAN,
+    THETA_SD,
+    IterationTime,
+    Points,
+)
+from smlt_tune.backend.resource_manager.tables import PlatformTable
+
+SIZES = (128, 1769, 10240)
+TABLE = PlatformTable("t", SIZES, tuple(m / 1769 for m in SIZES), 2e10, 8e7, 1e-9, 2.0, 0.1)
+MODEL = IterationTime(TABLE)
+
+
+def places(rng, size, parameters=None):
+    p = np.exp(rng.uniform(np.log(1e5), np.log(1e8), size)) if parameters is None else parameters
+    p = np.broadcast_to(p, size).astype(float)
+    return Points(
+        workers=rng.integers(1, 60, size).astype(float),
+        memory_mb=rng.integers(256, 10240, size).astype(float),
+        parameters=p,
+        sync_bytes=4 * p,
+        flops=30 * p,
+        batch=np.full(size, 512.0),
+        latency_s=np.full(size, 1e-3),
+        store_bandwidth=np.full(size, 1e9),
+    )
+
+
+def measurements(at, ln_s, trials, iterations=10):
+    size = len(ln_s)
+    return gp.Measurements(at, ln_s, np.full(size, float(iterations)), np.asarray(trials, float))
+
+
+def nothing():
+    rng = np.random.default_rng(0)
+    return measurements(places(rng, 0), np.zeros(0), np.zeros(0))
+
+
+def test_without_measurements_it_is_the_analytic_model_with_its_prior():
+    at = places(np.random.default_rng(1), 20)
+    mean, sd = gp.GaussianProcess(MODEL, nothing()).predict(at, np.zeros(20))
+    assert mean == pytest.approx(MODEL(at, THETA_MEAN).ln_s)
+    assert (sd > 0.3).all()
+
+
+def test_the_posterior_is_that_of_an_exact_gp_of_gpytorch():
+    rng = np.random.default_rng(2)
+    at, there = places(rng, 12), places(rng, 30)
+    ln_s = MODEL(at, THETA_MEAN + 0.3).ln_s + rng.normal(0, 0.02, 12)
+    trials = np.arange(12) // 3
+    fitted = gp.GaussianProcess(MODEL, measurements(at, ln_s, trials))
+    mean, sd = fitted.predict(there, np.full(30, 2.0))
+
+    class Exact(gpytorch.models.ExactGP):
+        def forward(self, x):
+            covariance = gp.physics_kernel()(x) + gp.residual_kernel()(x)
+            return gpytorch.distributions.MultivariateNormal(torch.zeros(len(x)), covariance)
+
+    theta = fitted.theta
+
+    def shift(points):
+        times = MODEL(points, theta)
+        return times.ln_s + times.gradient @ (THETA_MEAN - theta), times
+
+    (mean_at, times_at), (mean_there, times_there) = shift(at), shift(there)
+    noise = torch.from_numpy(gp.noise_sd(np.full(12, 10.0)) ** 2)
+    likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(noise)
+    x = gp.features(at, times_at, trials.astype(float))
+    exact = Exact(x, torch.from_numpy(ln_s - mean_at), likelihood).double()
+    exact.eval()
+    with torch.no_grad():
+        posterior = exact(gp.features(there, times_there, np.full(30, 2.0)))
+    assert mean == pytest.approx(mean_there + posterior.mean.numpy(), abs=1e-5)
+    assert sd == pytest.approx(posterior.stddev.numpy(), rel=1e-4)
+
+
+def family(rng, theta, trials, each, effect=0.2):
+    """Measurements of siblings that the model describes up to an effect of each."""
+    size = trials * each
+    p = np.repeat(np.exp(rng.uniform(np.log(1e5), np.log(1e8), trials)), each)
+    at = places(rng, size, p)
+    effects = np.repeat(rng.normal(0, effect, trials), each)
+    ln_s = MODEL(at, theta).ln_s + effects + rng.normal(0, 0.015, size)
+    return at, ln_s, np.repeat(np.arange(trials), each)
+
+
+def test_intervals_cover_what_they_say():
+    covered = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        theta = THETA_MEAN + THETA_SD * rng.normal(size=len(THETA_MEAN))
+        trials, each = int(rng.integers(1, 9)), 3
+        at, ln_s, of = family(rng, theta, trials + 1, each)
+        seen = of < trials
+        known = Points(*(column[seen] for column in vars(at).values()))
+        there = Points(*(column[~seen] for column in vars(at).values()))
+        process = gp.GaussianProcess(MODEL, measurements(known, ln_s[seen], of[seen]))
+        mean, sd = process.predict(there, np.full(each, float(trials)))
+        covered += list(np.abs(ln_s[~seen] - mean) < norm.ppf(0.975) * np.hypot(sd, 0.015))
+    assert 0.88 <= np.mean(covered) <= 1.0
+
+
+def test_siblings_and_own_measurements_narrow_the_prediction():
+    rng = np.random.default_rng(3)
+    at, ln_s, of = family(rng, THETA_MEAN + 0.5, 10, 3)
+    there, number = places(rng, 50, 3e6), np.full(50, 99.0)
+    truth = MODEL(there, THETA_MEAN + 0.5).ln_s + 0.3
+
+    def error(measured):
+        mean, sd = gp.GaussianProcess(MODEL, measured).predict(there, number)
+        return np.median(np.abs(mean - truth)), np.median(sd)
+
+    own = places(rng, 2, 3e6)
+    columns = zip(vars(at).values(), vars(own).values(), strict=True)
+    both = Points(*(np.concatenate(pair) for pair in columns))
+    own_ln_s = MODEL(own, THETA_MEAN + 0.5).ln_s + 0.3
+    cold = error(nothing())
+    warm = error(measurements(at, ln_s, of))
+    warmer = error(measurements(both, np.append(ln_s, own_ln_s), [*of, 99, 99]))
+    assert cold[1] > 2 * warm[1] > 2 * warmer[1]
+    assert cold[0] > warmer[0]
+    assert warm[0] > warmer[0]
+
+
+def test_one_straggler_does_not_spoil_the_rest():
+    rng = np.random.default_rng(4)
+    at, ln_s, of = family(rng, THETA_MEAN, 1, 12, effect=0.0)
+    slow = ln_s.copy()
+    slow[5] += 1.5
+
+    def predicted(values):
+        process = gp.GaussianProcess(MODEL, measurements(at, values, of))
+        return process.predict(at, np.zeros(12))[0]
+
+    assert np.abs(predicted(slow) - predicted(ln_s)).max() < 0.1
+
+
+def test_the_same_data_twice_do_not_make_it_sure_of_another_trial():
+    rng = np.random.default_rng(5)
+    at, ln_s, of = family(rng, THETA_MEAN, 1, 6)
+    _, sd = gp.GaussianProcess(MODEL, measurements(at, ln_s, of)).predict(at, np.full(6, 7.0))
+    assert (sd > 0.1).all()
+
+
+def test_the_analytic_model_alone_has_no_fields_and_no_effects_of_trials():
+    rng = np.random.default_rng(6)
+    at, ln_s, of = family(rng, THETA_MEAN, 2, 6)
+    process = gp.GaussianProcess(MODEL, measurements(at, ln_s, of), residual=False)
+    first, second = process.predict(at, np.zeros(12)), process.predict(at, np.ones(12))
+    assert np.array_equal(first, second)
