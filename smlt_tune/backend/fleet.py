@@ -23,7 +23,16 @@ from smlt_tune.backend.artifact_manager import ArtifactManager
 from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.backend.goals import Cheapest, Goal
 from smlt_tune.backend.history import History, HistoryEvent
-from smlt_tune.backend.job import AllocationRecord, Job, JobOutcome, JobSpec, JobState, Report
+from smlt_tune.backend.job import (
+    AllocationRecord,
+    DecisionRecord,
+    Job,
+    JobOutcome,
+    JobSpec,
+    JobState,
+    Report,
+    workload_from_json,
+)
 from smlt_tune.backend.ledger import Entry, Ledger
 from smlt_tune.backend.platforms import open_platform
 from smlt_tune.backend.platforms.base import InvocationResult, Platform
@@ -466,6 +475,10 @@ class Fleet:
             elif event.kind == "generation":
                 self._states[event.job].allocations.append(AllocationRecord(**event.body))
                 numbers[event.job] = event.body["generation"] + 1
+            elif event.kind == "decision":
+                self._states[event.job].decisions.append(DecisionRecord.from_json(event.body))
+            elif event.kind == "workload":
+                self._states[event.job].workload = workload_from_json(event.body)
             elif event.kind == "report":
                 self._states[event.job].reports.append(Report(**event.body))
             elif event.kind == "ended":

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from smlt_tune.backend.goals import Cheapest, Fastest, Goal
-from smlt_tune.backend.resource_manager.observations import Allocation
+from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Allocation, Workload
 from smlt_tune.backend.resource_manager.policy import Bounds
 from smlt_tune.errors import FunctionLost, JobError, OutOfMemory, TrainingFunctionError
+from smlt_tune.runtime.features import ModelFeatures
 
 #: A job's ``status`` is one of these.
 QUEUED, RUNNING, FINISHED, STOPPED, FAILED = "queued", "running", "finished", "stopped", "failed"
@@ -53,6 +54,8 @@ class AllocationRecord:
         memory_mb: Memory of each function, MB.
         reason: Why it was started.
         time_s: When, seconds since the job's first function started.
+        store: Parameter store that its gradients go through.
+        decision: Why the policy chose this allocation; empty if it was not asked.
     """
 
     generation: int
@@ -60,6 +63,37 @@ class AllocationRecord:
     memory_mb: int
     reason: str
     time_s: float
+    store: str = DEFAULT_STORE
+    decision: str = ""
+
+
+@dataclass(frozen=True)
+class DecisionRecord:
+    """What the allocation policy said of a job.
+
+    Attributes:
+        occasion: Why it was asked: ``first``, ``resumed``, ``out of memory``, or one of those in
+            :mod:`smlt_tune.backend.adaptation`.
+        allocation: What it chose.
+        reason: Why, in one line.
+        evidence: The facts behind it, as JSON.
+        time_s: When, seconds since the job's first function started.
+    """
+
+    occasion: str
+    allocation: Allocation
+    reason: str
+    evidence: Mapping[str, Any]
+    time_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For the fleet's history."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "DecisionRecord":
+        """What :meth:`to_json` gave."""
+        return cls(**{**body, "allocation": Allocation(**body["allocation"])})
 
 
 @dataclass(frozen=True)
@@ -103,6 +137,7 @@ class JobSpec:
         bounds: What the user fixed.
         goal: What to optimise.
         shards: Shards per synchronisation; 0 chooses.
+        workload: What it will compute, if that was known.
     """
 
     job_id: str
@@ -112,6 +147,7 @@ class JobSpec:
     bounds: Bounds = field(default_factory=Bounds)
     goal: Goal = field(default_factory=Cheapest)
     shards: int = 0
+    workload: Workload | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the fleet's history."""
@@ -123,7 +159,18 @@ class JobSpec:
         """What :meth:`to_json` gave."""
         goal = dict(body["goal"])
         kind = {"Cheapest": Cheapest, "Fastest": Fastest}[goal.pop("kind")]
-        return cls(**{**body, "bounds": Bounds(**body["bounds"]), "goal": kind(**goal)})
+        workload = body.get("workload")
+        made = {
+            "bounds": Bounds(**body["bounds"]),
+            "goal": kind(**goal),
+            "workload": workload_from_json(workload) if workload else None,
+        }
+        return cls(**{**body, **made})
+
+
+def workload_from_json(body: Mapping[str, Any]) -> Workload:
+    """From the fields of a workload."""
+    return Workload(**{**body, "features": ModelFeatures(**body["features"])})
 
 
 class JobState:
@@ -135,6 +182,8 @@ class JobState:
         self.status = QUEUED
         self.reports: list[Report] = []
         self.allocations: list[AllocationRecord] = []
+        self.decisions: list[DecisionRecord] = []
+        self.workload: Workload | None = None
         self.allocation: Allocation | None = None
         self.outcome: JobOutcome | None = None
         self.error: JobError | None = None
@@ -218,6 +267,11 @@ class Job:
     def allocations(self) -> tuple[AllocationRecord, ...]:
         """All generations up to now."""
         return tuple(self._state.allocations)
+
+    @property
+    def decisions(self) -> tuple[DecisionRecord, ...]:
+        """What the allocation policy has said of it, and why."""
+        return tuple(self._state.decisions)
 
     @property
     def cost_usd(self) -> float:

@@ -12,12 +12,14 @@ a survivor, and nobody else restarts.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smlt_tune.backend.adaptation import Adaptation
+from smlt_tune.backend.generations import Call, Generation, Planned, Record, Worker
 from smlt_tune.backend.job import (
     FAILED,
     FINISHED,
@@ -29,10 +31,15 @@ from smlt_tune.backend.job import (
     JobState,
     Report,
 )
+from smlt_tune.backend.leases import PAID_CHECKPOINT_S, Leases
 from smlt_tune.backend.ledger import Ledger
 from smlt_tune.backend.platforms.base import Cancels, Invocation, InvocationResult, Platform
 from smlt_tune.backend.prices import Prices
-from smlt_tune.backend.resource_manager.observations import Allocation
+from smlt_tune.backend.resource_manager.observations import (
+    DEFAULT_STORE,
+    Decision,
+    Profile,
+)
 from smlt_tune.backend.resource_manager.policy import AllocationPolicy, JobFacts
 from smlt_tune.errors import (
     BudgetExhausted,
@@ -54,12 +61,6 @@ from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
 
 _LOG = logging.getLogger(__name__)
 
-#: Largest share of the free budget that one generation may reserve.
-LEASE_SHARE = 0.25
-#: Shortest lease worth starting a function for, in seconds.
-SHORTEST_LEASE_S = 3.0
-#: Leases are not made shorter than this while there is money for it, in seconds.
-USEFUL_LEASE_S = 20.0
 #: A worker without a sign of life is given up after this while no pace of its job is known, s.
 START_TIMEOUT_S = 120.0
 #: A worker is taken for hung after this many times its slowest iteration.
@@ -72,136 +73,8 @@ MOST_STRIKES = 5
 GRACE_S = 10.0
 #: A worker saves a checkpoint at most this often, in seconds.
 CHECKPOINT_S = 0.25
-#: Requests to an object store that charges for them which an invocation may make in any case, ...
-FREE_REQUESTS = 50
-#: ... and how often it may save a checkpoint there, in seconds.
-PAID_CHECKPOINT_S = 5.0
 #: After being throttled, wait this long before the next attempt, in seconds.
 THROTTLE_PAUSE_S = 0.2
-
-
-@dataclass
-class _Call:
-    """One invocation under way."""
-
-    invocation_id: str
-    rank: int
-    incarnation: int
-    memory_mb: int
-    started_s: float
-    timeout_s: float
-    requests: list[wire.Requests] = field(default_factory=list)
-    alive_s: float | None = None
-    hung: bool = False
-
-
-@dataclass
-class _Worker:
-    """One rank of a generation."""
-
-    rank: int
-    incarnation: int = -1
-    joining: bool = False
-    ready: bool = False
-    begun: bool = False
-    gone: bool = False
-    sign_s: float = 0.0
-    slowest_s: float = 0.0
-    told: wire.Failed | None = None
-
-
-@dataclass
-class _Generation:
-    number: int
-    allocation: Allocation
-    start: wire.Start | None
-    workers: list[_Worker]
-    lease_s: float
-    calls: dict[str, _Call] = field(default_factory=dict)
-    to_invoke: list[int] = field(default_factory=list)
-    reserved: set[str] = field(default_factory=set)
-    invoke_after_s: float = 0.0
-    started: bool = False
-    asked_to_leave: bool = False
-    left: bool = False
-    closed: bool = False
-    closed_s: float = 0.0
-    progress: wire.Progress | None = None
-
-    @property
-    def stranded(self) -> bool:
-        """Whether only replacements are left, which nobody can give the state any more."""
-        return self.started and all(
-            w.gone or (not w.begun and (w.joining or w.rank in self.to_invoke))
-            for w in self.workers
-        )
-
-    def ends_s(self) -> float:
-        """When the first of its functions reaches its time limit."""
-        return min((c.started_s + c.timeout_s for c in self.calls.values()), default=float("inf"))
-
-
-@dataclass
-class _Plan:
-    """A generation that waits for free functions or money."""
-
-    allocation: Allocation
-    reason: str
-    start: wire.Start | None
-    since_s: float
-
-
-@dataclass
-class _Record:
-    """Everything about one job."""
-
-    state: JobState
-    generations: list[_Generation] = field(default_factory=list)
-    plan: _Plan | None = None
-    resize_to: Allocation | None = None
-    next_number: int = 0
-    begun_s: float | None = None
-    position: str = ""
-    strikes: int = 0
-    strike_position: str = ""
-    struck: frozenset[str] = frozenset()
-    peak_mb: float = 0.0
-    boot_s: float = 0.0
-    slowest_s: float = 0.0
-    checkpoint: str | None = None
-    ending: str = ""
-    reason: str = ""
-    error: JobError | None = None
-    value: Any = None
-
-    @property
-    def job_id(self) -> str:
-        return self.state.spec.job_id
-
-    @property
-    def current(self) -> _Generation | None:
-        """The generation that trains, or will first."""
-        return next((g for g in self.generations if not g.closed and not g.left), None)
-
-    @property
-    def following(self) -> _Generation | None:
-        """The one that waits to take over."""
-        live = [g for g in self.generations if not g.closed and not g.left]
-        return live[1] if len(live) > 1 else None
-
-    @property
-    def heading_for(self) -> Allocation | None:
-        """The allocation that the job is on its way to, or has; None before the first."""
-        if self.resize_to is not None:
-            return self.resize_to
-        newest = self.plan or self.following or self.current
-        return newest.allocation if newest else self.state.allocation
-
-    def calls(self) -> Iterable[tuple[_Generation, _Call]]:
-        """May be read while the scheduler's thread goes on: works on copies."""
-        for generation in list(self.generations):
-            for call in list(generation.calls.values()):
-                yield generation, call
 
 
 @dataclass(frozen=True)
@@ -211,6 +84,8 @@ class Settings:
     Attributes:
         fleet: Its name.
         parameter_store: URL; holds a password.
+        gradient_stores: URLs of further parameter stores by name, for gradients only; hold
+            passwords.
         object_store: URL.
         store_options: Further arguments of the object store.
         hang_timeout_s: Shortest silence that is taken for a hang, seconds.
@@ -227,6 +102,7 @@ class Settings:
     deadline_s: float | None
     logs: Path
     paid_requests: bool = False
+    gradient_stores: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class TaskScheduler:
@@ -244,6 +120,9 @@ class TaskScheduler:
         record: Writes an event (kind, job, body) into the fleet's history.
         on_done: Called with the result of an invocation, from the platform's threads.
         datasets: SHA-256 of the uploaded data sets, by name, as they are now.
+        gradient_stores: Connections to the further parameter stores, by name.
+        rent: Called before a generation uses a parameter store; raises BudgetExhausted.
+        on_profile: Gets what a generation has measured, at its end.
     """
 
     def __init__(
@@ -259,10 +138,14 @@ class TaskScheduler:
         record: Callable[[str, str, dict[str, Any]], None],
         on_done: Callable[[InvocationResult], None],
         datasets: Callable[[], dict[str, str]],
+        gradient_stores: Mapping[str, ParameterStore] | None = None,
+        rent: Callable[[str], None] = lambda store: None,
+        on_profile: Callable[[Profile], None] | None = None,
     ) -> None:
         self._settings = settings
         self._platform = platform
-        self._policy = policy
+        self._adaptation = Adaptation(policy, settings.fleet, clock, record, on_profile)
+        self._leases = Leases(platform, prices, ledger, paid_requests=settings.paid_requests)
         self._ledger = ledger
         self._prices = prices
         self._store = parameter_store
@@ -271,32 +154,38 @@ class TaskScheduler:
         self._record = record
         self._on_done = on_done
         self._datasets = datasets
+        self._gradient_stores = dict(gradient_stores or {})
+        self._rent = rent
         self._keys = keys.FleetKeys(settings.fleet)
-        self._jobs: dict[str, _Record] = {}
-        self._active: dict[str, _Record] = {}
+        self._jobs: dict[str, Record] = {}
+        self._active: dict[str, Record] = {}
         self._calls: dict[str, str] = {}
         self._start_s = 1.0
+        self._ready_s = 0.0
         self._retry_s = 0.0
         self._store_is_gone = False
 
     # --- what the fleet asks for ----------------------------------------------------------------
 
-    def submit(self, state: JobState, *, next_number: int = 0) -> None:
+    def submit(self, state: JobState, *, next_number: int = 0, elapsed_s: float = 0.0) -> None:
         """Takes a job in; it starts as soon as there are functions and money for it.
 
         Args:
             state: Of the job.
             next_number: Number of its next generation, for a job of an earlier client.
+            elapsed_s: Time since it was submitted, seconds.
         """
-        job = _Record(state, next_number=next_number)
+        job = Record(state, self._clock.monotonic() - elapsed_s, next_number=next_number)
+        job.workload = state.workload or state.spec.workload
         self._jobs[job.job_id] = self._active[job.job_id] = job
-        allocation = self._policy.first(self._facts(job)).allocation
+        occasion = "resumed" if next_number else "first"
+        decision = self._adaptation.first(job, self._facts(job), occasion)
         names = [self._keys.generation(job.job_id, n).open for n in range(next_number)]
         if names:  # functions that have outlived an earlier client
             self._forget(partial(self._store.delete, names))
-            self._plan_from_checkpoint(job, allocation, "resumed")
+            self._plan_from_checkpoint(job, decision, "resumed")
         else:
-            self._plan(job, allocation, "first", wire.Start(None))
+            self._plan(job, decision, "first", wire.Start(None))
         self._admit()
 
     def stop(self, job_id: str, reason: str) -> None:
@@ -310,7 +199,8 @@ class TaskScheduler:
         job = self._active.get(job_id)
         if job is None or job.ending:
             return
-        base = job.heading_for or self._policy.first(self._facts(job)).allocation
+        base = job.heading_for
+        assert base is not None  # it has a plan at least
         wanted = replace(
             base, workers=workers or base.workers, memory_mb=memory_mb or base.memory_mb
         )
@@ -322,7 +212,7 @@ class TaskScheduler:
         if job.plan and job.current is None:
             job.plan = replace(job.plan, allocation=wanted)
         else:
-            job.resize_to = wanted
+            job.resize_to = Decision(wanted, "asked for")
         self.tick()
 
     def cost_usd(self, job_id: str) -> float:
@@ -369,11 +259,11 @@ class TaskScheduler:
         self._heard(job, generation, worker, event)
 
     def _heard(
-        self, job: _Record, generation: _Generation, worker: _Worker, event: wire.WorkerEvent
+        self, job: Record, generation: Generation, worker: Worker, event: wire.WorkerEvent
     ) -> None:
         late = event.incarnation != worker.incarnation
         match event:
-            case wire.Ready() | wire.Progress() if late:
+            case wire.Ready() | wire.Progress() | wire.Workload() if late:
                 pass  # says nothing about the replacement
             case wire.Stuck() | wire.Failed() if generation.left:
                 pass  # whatever went wrong, the state is safe and others go on with it
@@ -381,6 +271,8 @@ class TaskScheduler:
                 self._ready(job, generation, worker)
             case wire.Progress():
                 self._progress(job, generation, worker, event)
+            case wire.Workload():
+                self._adaptation.workload(job, event)
             case wire.HandedOver():
                 worker.gone = True
                 self._handed_over(job, generation, event.checkpoint)
@@ -402,10 +294,10 @@ class TaskScheduler:
             (g, c) for g, c in job.calls() if c.invocation_id == result.invocation_id
         )
         del generation.calls[result.invocation_id]
-        usd = self._prices.invocation_usd(call.memory_mb, result.billed_s, result.deliveries)
-        usd += self._requests_usd(call, result)
+        usd = self._leases.billed_usd(call.memory_mb, call.timeout_s, result, call.requests)
         self._ledger.settle(result.invocation_id, usd)
         job.peak_mb = max(job.peak_mb, result.peak_mb)
+        generation.peak_mb = max(generation.peak_mb, result.peak_mb)
         if result.start_s:
             self._start_s = 0.8 * self._start_s + 0.2 * result.start_s
         self._record(
@@ -427,11 +319,14 @@ class TaskScheduler:
         self._sweep(job)
         self._admit()
 
-    def store_lost(self) -> None:
-        """The parameter store was restarted: everything in it is gone."""
-        self._store_is_gone = False
+    def store_lost(self, name: str = DEFAULT_STORE) -> None:
+        """A parameter store was restarted: everything in it is gone."""
+        everybody = name == DEFAULT_STORE
+        if everybody:
+            self._store_is_gone = False
         for job in list(self._active.values()):
-            if not job.ending and job.generations:
+            hit = any(everybody or g.allocation.store == name for g in job.generations)
+            if hit and not job.ending:
                 self._roll_back(job, "the parameter store was restarted", strike=False)
         self._admit()
 
@@ -457,12 +352,13 @@ class TaskScheduler:
             self._kill_stragglers(job, now)
             if job.ending:
                 self._sweep(job)
+        self._review()
         if now >= self._retry_s:
             self._admit()
 
     # --- events in detail -----------------------------------------------------------------------
 
-    def _reported(self, job: _Record, event: wire.Reported) -> None:
+    def _reported(self, job: Record, event: wire.Reported) -> None:
         if event.index != len(job.state.reports):
             return
         of = next((a for a in job.state.allocations if a.generation == event.generation), None)
@@ -480,11 +376,12 @@ class TaskScheduler:
         self._record("report", job.job_id, vars(report))
         job.state.add_report(report)
 
-    def _ready(self, job: _Record, generation: _Generation, worker: _Worker) -> None:
+    def _ready(self, job: Record, generation: Generation, worker: Worker) -> None:
         worker.ready = True
         for call in generation.calls.values():
             if call.rank == worker.rank:
                 job.boot_s = max(job.boot_s, worker.sign_s - call.started_s)
+                generation.start_s = max(generation.start_s, worker.sign_s - call.started_s)
         if generation.started or not all(w.ready for w in generation.workers):
             return
         if generation.start is not None:
@@ -494,9 +391,10 @@ class TaskScheduler:
             if before is not None and before is not generation:
                 self._ask_to_leave(job, before)
 
-    def _start(self, job: _Record, generation: _Generation) -> None:
+    def _start(self, job: Record, generation: Generation) -> None:
         assert generation.start is not None
         generation.started = True
+        self._ready_s = 0.8 * (self._ready_s or generation.start_s) + 0.2 * generation.start_s
         names = self._keys.generation(job.job_id, generation.number)
         wake = [names.tokens(w.rank) for w in generation.workers]
         content = generation.start.encode()
@@ -504,16 +402,18 @@ class TaskScheduler:
         job.state.update(status=RUNNING, allocation=generation.allocation)
 
     def _progress(
-        self, job: _Record, generation: _Generation, worker: _Worker, event: wire.Progress
+        self, job: Record, generation: Generation, worker: Worker, event: wire.Progress
     ) -> None:
         worker.begun = worker.begun or not event.waiting
         worker.slowest_s = max(worker.slowest_s, event.slowest_s)
         job.slowest_s = max(job.slowest_s, event.slowest_s)
-        generation.progress = event if event.rank == 0 else generation.progress
+        generation.peak_mb = max(generation.peak_mb, event.peak_mb)
         job.position = max(job.position, event.position)
         job.peak_mb = max(job.peak_mb, event.peak_mb)
+        if event.rank == 0:
+            self._adaptation.progress(job, generation, event)
 
-    def _handed_over(self, job: _Record, generation: _Generation, checkpoint: str) -> None:
+    def _handed_over(self, job: Record, generation: Generation, checkpoint: str) -> None:
         if generation.left:
             return
         following = job.following
@@ -529,18 +429,18 @@ class TaskScheduler:
         elif job.plan is not None:
             job.plan.start = start
         else:
-            allocation = job.resize_to or generation.allocation
             reason = "resize" if job.resize_to else "time limit"
+            decision = job.resize_to or Decision(generation.allocation, "")
             job.resize_to = None
-            self._plan(job, allocation, reason, start)
+            self._plan(job, decision, reason, start, held=generation.allocation.workers)
 
-    def _finished(self, job: _Record, generation: _Generation, event: wire.Finished) -> None:
+    def _finished(self, job: Record, generation: Generation, event: wire.Finished) -> None:
         if event.rank == 0:
             self._complete(job, generation, event)
         elif generation.stranded:
             self._roll_back(job, "its last survivor has finished", strike=False)
 
-    def _complete(self, job: _Record, generation: _Generation, last: wire.Finished) -> None:
+    def _complete(self, job: Record, generation: Generation, last: wire.Finished) -> None:
         for index, metrics in enumerate(last.reports):
             said = wire.Reported(
                 job=job.job_id,
@@ -555,7 +455,7 @@ class TaskScheduler:
         job.value = last.value
         self._end(job, FINISHED, kill=False)
 
-    def _failed(self, job: _Record, worker: _Worker, event: wire.Failed) -> None:
+    def _failed(self, job: Record, worker: Worker, event: wire.Failed) -> None:
         if event.retry:
             worker.told = event
             return
@@ -577,10 +477,10 @@ class TaskScheduler:
 
     def _lost(
         self,
-        job: _Record,
-        generation: _Generation,
-        worker: _Worker,
-        call: _Call,
+        job: Record,
+        generation: Generation,
+        worker: Worker,
+        call: Call,
         result: InvocationResult,
     ) -> None:
         """A worker ended without having said that it may."""
@@ -604,7 +504,7 @@ class TaskScheduler:
         generation.to_invoke.append(worker.rank)
         self._invoke_rest(job, self._clock.monotonic())
 
-    def _strike(self, job: _Record, what: str) -> bool:
+    def _strike(self, job: Record, what: str) -> bool:
         """Counts losses without progress; ends the job after too many.
 
         Whoever was running at a loss may have been hit by the same: it does not count once more.
@@ -625,18 +525,15 @@ class TaskScheduler:
         self._end(job, FAILED, error=error)
         return True
 
-    def _out_of_memory(
-        self, job: _Record, generation: _Generation, result: InvocationResult
-    ) -> None:
+    def _out_of_memory(self, job: Record, generation: Generation, result: InvocationResult) -> None:
         limit_mb = generation.allocation.memory_mb
         wanted = job.heading_for or generation.allocation
-        larger: Allocation | None = wanted
+        larger: Decision | None = Decision(wanted, "")
         if wanted.memory_mb <= limit_mb:
             facts = replace(self._facts(job), allocation=replace(wanted, memory_mb=limit_mb))
-            decision = self._policy.after_out_of_memory(facts, result.peak_mb)
-            larger = decision.allocation if decision else None
+            larger = self._adaptation.after_out_of_memory(job, generation, facts, result.peak_mb)
         if larger is not None:
-            self._roll_back(job, f"out of memory at {limit_mb} MB", allocation=larger, strike=False)
+            self._roll_back(job, f"out of memory at {limit_mb} MB", decision=larger, strike=False)
             return
         error = OutOfMemory(
             f"job {job.job_id}: a worker ran out of memory: it reached {result.peak_mb:.0f} MB, "
@@ -649,12 +546,16 @@ class TaskScheduler:
         self._end(job, FAILED, error=error)
 
     def _roll_back(
-        self, job: _Record, why: str, *, allocation: Allocation | None = None, strike: bool = True
+        self, job: Record, why: str, *, decision: Decision | None = None, strike: bool = True
     ) -> None:
         """Nobody has the newest state any more: begin again at the last checkpoint."""
         if strike and self._strike(job, why):
             return
-        wanted = allocation or job.heading_for or self._policy.first(self._facts(job)).allocation
+        wanted = decision
+        if wanted is None:
+            heading_for = job.heading_for
+            assert heading_for is not None  # it had a generation
+            wanted = job.resize_to or Decision(heading_for, "")
         job.resize_to = None
         for generation in job.generations:
             self._close(job, generation)
@@ -663,7 +564,7 @@ class TaskScheduler:
         self._plan_from_checkpoint(job, wanted, why)
         self._admit()
 
-    def _check_hangs(self, job: _Record, now: float) -> None:
+    def _check_hangs(self, job: Record, now: float) -> None:
         for generation in job.generations:
             if generation.closed or generation.left:
                 continue
@@ -675,7 +576,7 @@ class TaskScheduler:
                     call.hung = True
                     self._cancel(call)
 
-    def _longest_silence_s(self, job: _Record, worker: _Worker) -> float:
+    def _longest_silence_s(self, job: Record, worker: Worker) -> float:
         """How long a worker may show no sign of life: judged by its own pace, or by the others'."""
         pace_s = worker.slowest_s or (job.slowest_s if worker.ready else job.boot_s)
         if not pace_s:
@@ -685,28 +586,39 @@ class TaskScheduler:
     # --- generations ----------------------------------------------------------------------------
 
     def _plan(
-        self, job: _Record, allocation: Allocation, reason: str, start: wire.Start | None
-    ) -> None:
-        job.plan = _Plan(allocation, reason, start, self._clock.monotonic())
+        self,
+        job: Record,
+        decision: Decision,
+        reason: str,
+        start: wire.Start | None,
+        *,
+        held: int = 0,
+    ) -> Planned:
+        now = self._clock.monotonic()
+        plan = job.plan = Planned(decision.allocation, reason, start, now, held, decision.reason)
         if start is not None and not job.ending:
             job.state.update(status=QUEUED if not job.generations else job.state.status)
+        return plan
 
-    def _plan_from_checkpoint(self, job: _Record, allocation: Allocation, reason: str) -> None:
+    def _plan_from_checkpoint(self, job: Record, decision: Decision, reason: str) -> None:
         try:
             start = wire.Start(self._checkpoints(job).latest())
         except BudgetExhausted as error:  # looking for it costs money too
             _LOG.info("job %s stops: %s", job.job_id, error)
             self._end(job, STOPPED, reason="budget")
         else:
-            self._plan(job, allocation, reason, start)
+            self._plan(job, decision, reason, start)
 
     def _admit(self) -> None:
-        """Starts the generations that wait, first come, first served."""
+        """Starts the generations that wait, first come, first served.
+
+        Those that take no more functions than their job has are first: they give as many back.
+        """
         self._retry_s = self._clock.monotonic() + THROTTLE_PAUSE_S
-        waiting = [j for j in self._active.values() if j.plan is not None and not j.ending]
-        for job in sorted(waiting, key=lambda j: j.plan.since_s if j.plan else 0.0):
-            plan = job.plan
-            if plan is None:
+        waiting = [(j, j.plan) for j in self._active.values() if j.plan and not j.ending]
+        waiting.sort(key=lambda each: (each[1].allocation.workers > each[1].held, each[1].since_s))
+        for job, plan in waiting:
+            if job.plan is not plan:
                 continue  # starting another job has shown that none can go on
             if plan.allocation.workers > self._free_functions():
                 return  # nobody overtakes, or a large job would wait for ever
@@ -715,12 +627,13 @@ class TaskScheduler:
             except BudgetExhausted as error:
                 self._without_money(job, error)
 
-    def _launch(self, job: _Record, plan: _Plan) -> None:
+    def _launch(self, job: Record, plan: Planned) -> None:
         """Reserves and invokes all workers of a generation. Raises BudgetExhausted."""
-        lease_s = self._lease_s(plan.allocation)
+        self._rent(plan.allocation.store)
+        lease_s = self._leases.length_s(plan.allocation)
         number = job.next_number
-        workers = [_Worker(rank) for rank in range(plan.allocation.workers)]
-        generation = _Generation(number, plan.allocation, plan.start, workers, lease_s)
+        workers = [Worker(rank) for rank in range(plan.allocation.workers)]
+        generation = Generation(number, plan.allocation, plan.start, workers, lease_s)
         self._reserve(job, generation, list(range(len(workers))))
         job.generations.append(generation)  # from here on it is closed if anything fails
         job.next_number += 1
@@ -733,6 +646,8 @@ class TaskScheduler:
             plan.allocation.memory_mb,
             plan.reason,
             self._elapsed_s(job),
+            plan.allocation.store,
+            plan.decision,
         )
         self._record("generation", job.job_id, vars(entry))
         job.state.update(allocations=[*job.state.allocations, entry])
@@ -743,9 +658,9 @@ class TaskScheduler:
         generation.to_invoke = list(range(len(workers)))
         self._invoke_rest(job, now)
 
-    def _reserve(self, job: _Record, generation: _Generation, ranks: list[int]) -> None:
+    def _reserve(self, job: Record, generation: Generation, ranks: list[int]) -> None:
         """Reserves the worst case of invoking some ranks next: all of it or nothing."""
-        worst = self._worst_usd(generation.allocation, generation.lease_s)
+        worst = self._leases.worst_usd(generation.allocation, generation.lease_s)
         reserved: list[str] = []
         try:
             for rank in ranks:
@@ -758,10 +673,10 @@ class TaskScheduler:
             raise
         generation.reserved.update(reserved)
 
-    def _call_id(self, job: _Record, generation: _Generation, worker: _Worker) -> str:
+    def _call_id(self, job: Record, generation: Generation, worker: Worker) -> str:
         return f"{job.job_id}.g{generation.number}.r{worker.rank}.i{worker.incarnation + 1}"
 
-    def _invoke_rest(self, job: _Record, now: float) -> None:
+    def _invoke_rest(self, job: Record, now: float) -> None:
         for generation in job.generations:
             if not generation.to_invoke or generation.closed or now < generation.invoke_after_s:
                 continue
@@ -783,10 +698,10 @@ class TaskScheduler:
                     return
                 generation.to_invoke.remove(rank)
 
-    def _invoke(self, job: _Record, generation: _Generation, worker: _Worker) -> None:
+    def _invoke(self, job: Record, generation: Generation, worker: Worker) -> None:
         name = self._call_id(job, generation, worker)
         if name not in generation.reserved:
-            generation.lease_s = self._lease_s(replace(generation.allocation, workers=1))
+            generation.lease_s = self._leases.length_s(replace(generation.allocation, workers=1))
             self._reserve(job, generation, [worker.rank])
         incarnation = worker.incarnation + 1
         spec = self._spec(job, generation, worker.rank, incarnation)
@@ -801,7 +716,7 @@ class TaskScheduler:
             / f"{name.removeprefix(job.job_id + '.')}.log",
         )
         now = self._clock.monotonic()
-        call = _Call(name, worker.rank, incarnation, memory_mb, now, generation.lease_s)
+        call = Call(name, worker.rank, incarnation, memory_mb, now, generation.lease_s)
         generation.calls[name] = call
         self._calls[name] = job.job_id
         try:
@@ -814,38 +729,11 @@ class TaskScheduler:
         worker.sign_s = now
         worker.slowest_s = 0.0
 
-    def _worst_usd(self, allocation: Allocation, lease_s: float) -> float:
-        """The most that one function of a generation can cost, USD."""
-        limits = self._platform.limits
-        puts, gets = self._allowance(lease_s)
-        return self._prices.worst_case_usd(
-            allocation.memory_mb,
-            lease_s,
-            limits.deliveries,
-            object_puts=puts * limits.deliveries,
-            object_gets=gets * limits.deliveries,
-            init_s=limits.init_s,
-        )
-
-    def _allowance(self, lease_s: float) -> tuple[int, int]:
-        """How many puts and gets of a paid object store one delivery may make."""
-        if not self._settings.paid_requests:
-            return 0, 0
-        return FREE_REQUESTS + int(lease_s / PAID_CHECKPOINT_S), 4 * FREE_REQUESTS
-
-    def _requests_usd(self, call: _Call, result: InvocationResult) -> float:
-        """What an invocation's requests did cost; all it was allowed if it could not say."""
-        puts, gets = (allowed * result.deliveries for allowed in self._allowance(call.timeout_s))
-        if len(call.requests) == result.deliveries:
-            puts = sum(said.puts for said in call.requests)
-            gets = sum(said.gets for said in call.requests)
-        return self._prices.object_requests_usd(puts, gets)
-
     def _spec(
-        self, job: _Record, generation: _Generation, rank: int, incarnation: int
+        self, job: Record, generation: Generation, rank: int, incarnation: int
     ) -> wire.WorkerSpec:
         spec = job.state.spec
-        puts, gets = self._allowance(generation.lease_s)
+        puts, gets = self._leases.allowance(generation.lease_s)
         paid = self._settings.paid_requests
         return wire.WorkerSpec(
             fleet=self._settings.fleet,
@@ -868,30 +756,10 @@ class TaskScheduler:
             checkpoint_s=PAID_CHECKPOINT_S if paid else CHECKPOINT_S,
             max_puts=puts if paid else None,
             max_gets=gets if paid else None,
+            gradient_store=self._settings.gradient_stores.get(generation.allocation.store, ""),
         )
 
-    def _lease_s(self, allocation: Allocation) -> float:
-        """How long functions may run: up to the time limit, less if money or time is short."""
-        limits = self._platform.limits
-        lease_s = limits.time_limit_s
-        if self._ledger.budget_usd is not None:
-            at_once = self._worst_usd(allocation, 0.0) * allocation.workers
-            hour = self._worst_usd(allocation, 3600.0) * allocation.workers
-            per_s = (hour - at_once) / 3600.0
-            free = max(0.0, self._ledger.available_usd - at_once)
-            affordable_s = 0.99 * free / per_s if per_s else lease_s
-            lease_s = min(
-                lease_s, max(LEASE_SHARE * affordable_s, min(USEFUL_LEASE_S, affordable_s))
-            )
-            if lease_s < min(SHORTEST_LEASE_S, limits.time_limit_s):
-                raise BudgetExhausted(
-                    f"{allocation.workers} functions of {allocation.memory_mb} MB cost "
-                    f"{per_s:.9f} USD per second; of the budget {self._ledger.available_usd:.9f} "
-                    "USD are free"
-                )
-        return lease_s
-
-    def _without_money(self, job: _Record, error: BudgetExhausted) -> None:
+    def _without_money(self, job: Record, error: BudgetExhausted) -> None:
         """Waits if other jobs still hold reservations; otherwise the job stops where it is."""
         plan = job.plan
         current = job.current
@@ -916,33 +784,54 @@ class TaskScheduler:
         )
         return self._platform.limits.functions - busy
 
-    def _plan_hand_over(self, job: _Record, now: float) -> None:
+    def _plan_hand_over(self, job: Record, now: float) -> None:
         """Starts the next generation while this one still trains."""
         current = job.current
-        if current is None or job.following or job.plan or not current.started:
-            return
-        if current.asked_to_leave or not all(w.begun for w in current.workers):
+        if current is None or job.following or not current.steady:
             return
         lead_s = min(0.3 * current.lease_s, 2.0 + 2.0 * self._start_s)
-        if job.resize_to is None and current.ends_s() - now < lead_s:
-            decision = self._policy.review(self._facts(job))
-            job.resize_to = decision.allocation if decision else current.allocation
+        ending = current.ends_s() - now < lead_s
+        if job.plan is not None:
+            if ending:  # it cannot wait any longer for more functions than it has
+                job.plan.allocation = replace(
+                    job.plan.allocation,
+                    workers=min(job.plan.allocation.workers, current.allocation.workers),
+                )
+                self._make_room(job, current, job.plan)
+            return
+        if job.resize_to is None and ending:
+            decision = None
+            if self._adaptation.may_review():
+                decision = self._adaptation.review(job, self._facts(job), "time limit")
+            job.resize_to = decision or Decision(current.allocation, "")
         if job.resize_to is None:
             return
         wanted, job.resize_to = job.resize_to, None
-        reason = "time limit" if wanted == current.allocation else "resize"
-        self._plan(job, wanted, reason, None)
-        if wanted.workers > self._free_functions():
-            self._ask_to_leave(job, current)  # no room for both: the old must go first
-            return
-        self._admit()
+        reason = "time limit" if wanted.allocation == current.allocation else "resize"
+        plan = self._plan(job, wanted, reason, None, held=current.allocation.workers)
+        self._make_room(job, current, plan)
 
-    def _ask_to_leave(self, job: _Record, generation: _Generation) -> None:
+    def _make_room(self, job: Record, current: Generation, plan: Planned) -> None:
+        """Invokes the next generation, or lets the old go first where both have no room."""
+        if plan.allocation.workers > self._free_functions():
+            self._ask_to_leave(job, current)
+        else:
+            self._admit()
+
+    def _review(self) -> None:
+        """Looks at one job's allocation again, if there is an occasion."""
+        found = self._adaptation.next_review(self._active)
+        if found is not None:
+            job, occasion = found
+            job.resize_to = self._adaptation.review(job, self._facts(job), occasion)
+            self._plan_hand_over(job, self._clock.monotonic())
+
+    def _ask_to_leave(self, job: Record, generation: Generation) -> None:
         generation.asked_to_leave = True
         names = self._keys.generation(job.job_id, generation.number)
         self._store.put({names.leave: b"1"}, ttl_s=TTL_S)
 
-    def _close(self, job: _Record, generation: _Generation, *, kill: bool = True) -> None:
+    def _close(self, job: Record, generation: Generation, *, kill: bool = True) -> None:
         """Fences a generation off: from now on it may do what it wants."""
         if not generation.closed:
             generation.closed = True
@@ -954,7 +843,7 @@ class TaskScheduler:
             for call in generation.calls.values():
                 self._cancel(call)
 
-    def _invoke_no_more(self, generation: _Generation) -> None:
+    def _invoke_no_more(self, generation: Generation) -> None:
         generation.to_invoke = []
         while generation.reserved:
             self._ledger.release(generation.reserved.pop())
@@ -968,24 +857,34 @@ class TaskScheduler:
         except StoreUnavailable as error:
             self.abandon(error)
 
-    def _cancel(self, call: _Call) -> None:
+    def _forget_gradients(self, generation: Generation, prefix: str) -> None:
+        store = self._gradient_stores.get(generation.allocation.store)
+        if store is not None:
+            try:
+                store.delete_prefix(prefix)
+            except StoreUnavailable as error:
+                _LOG.warning("gradients are left to expire by themselves: %s", error)
+
+    def _cancel(self, call: Call) -> None:
         if isinstance(self._platform, Cancels):
             self._platform.cancel(call.invocation_id)
 
-    def _kill_stragglers(self, job: _Record, now: float) -> None:
+    def _kill_stragglers(self, job: Record, now: float) -> None:
         for generation in job.generations:
             over = generation.closed or generation.left
             if over and generation.calls and now - generation.closed_s > GRACE_S:
                 generation.closed_s = now
                 self._close(job, generation)
 
-    def _sweep(self, job: _Record) -> None:
+    def _sweep(self, job: Record) -> None:
         """Forgets generations whose functions are gone; ends the job after the last."""
         for generation in list(job.generations):
             if (generation.closed or generation.left) and not generation.calls:
                 self._close(job, generation)
+                self._adaptation.generation_over(job, generation)
                 prefix = self._keys.generation(job.job_id, generation.number).prefix
                 self._forget(partial(self._store.delete_prefix, prefix))
+                self._forget_gradients(generation, prefix)
                 job.generations = [g for g in job.generations if g is not generation]
         if job.ending and not job.generations and job.job_id in self._active:
             self._conclude(job)
@@ -994,7 +893,7 @@ class TaskScheduler:
 
     def _end(
         self,
-        job: _Record,
+        job: Record,
         status: str,
         *,
         reason: str = "",
@@ -1008,8 +907,9 @@ class TaskScheduler:
             self._close(job, generation, kill=kill)
         self._sweep(job)
 
-    def _conclude(self, job: _Record) -> None:
+    def _conclude(self, job: Record) -> None:
         del self._active[job.job_id]
+        self._adaptation.functions_freed()
         newest = self._tidy(job)
         reports = tuple(job.state.reports)
         outcome = JobOutcome(
@@ -1038,7 +938,7 @@ class TaskScheduler:
         finally:  # whoever waits for the job must not wait for ever
             job.state.update(status=job.ending, outcome=outcome, error=job.error)
 
-    def _tidy(self, job: _Record) -> str | None:
+    def _tidy(self, job: Record) -> str | None:
         """Deletes all checkpoints but the newest; returns that."""
         newest = job.checkpoint
         try:
@@ -1052,25 +952,66 @@ class TaskScheduler:
 
     # --- small things ---------------------------------------------------------------------------
 
-    def _checkpoints(self, job: _Record) -> Checkpoints:
+    def _checkpoints(self, job: Record) -> Checkpoints:
         return Checkpoints(self._objects, job.job_id)
 
-    def _elapsed_s(self, job: _Record) -> float:
+    def _elapsed_s(self, job: Record) -> float:
         return 0.0 if job.begun_s is None else self._clock.monotonic() - job.begun_s
 
-    def _facts(self, job: _Record) -> JobFacts:
-        spec, current = job.state.spec, job.current
+    def _facts(self, job: Record) -> JobFacts:
+        spec, current, workload = job.state.spec, job.current, job.workload
+        left = job.left
+        if left is None and workload is not None:
+            left = workload.iterations
         return JobFacts(
-            job_id=job.job_id,
+            job_id=self._adaptation.name(job.job_id),
             limits=self._platform.limits,
             goal=spec.goal,
             bounds=spec.bounds,
             allocation=current.allocation if current else None,
             peak_mb=job.peak_mb,
+            workload=workload,
+            iterations_left=left,
+            other_share=job.other_share,
+            elapsed_s=self._clock.monotonic() - job.submitted_s,
+            spent_usd=self.cost_usd(job.job_id),
+            functions=self._granted(job),
+            start_s=self._ready_s,
+            store_load=self._store_load(job),
+            stores=(DEFAULT_STORE, *self._gradient_stores),
         )
 
+    def _granted(self, job: Record) -> int:
+        """How many functions a job may take.
 
-def _describe(call: _Call, result: InvocationResult) -> str:
+        Its fair share, or all that nobody uses. While other jobs wait for functions, its fair share
+        only: a review then makes it give back what exceeds that.
+        """
+        most = self._platform.limits.functions
+        fair = max(1, most // max(1, len(self._active)))
+        waiting = any(j.plan and not j.generations for j in self._active.values() if j is not job)
+        if waiting:
+            return fair
+        own = max((g.allocation.workers for g in job.generations if not g.closed), default=0)
+        return min(most, max(fair, own + max(0, self._free_functions())))
+
+    def _store_load(self, job: Record) -> dict[str, float]:
+        """What the other jobs move through each store, bytes per second.
+
+        A worker of n sends M and fetches 2 M (1 - 1/n) bytes per iteration (SMLT 3.3, m = n).
+        """
+        load = dict.fromkeys((DEFAULT_STORE, *self._gradient_stores), 0.0)
+        for other in self._active.values():
+            at = other.current.allocation if other.current else None
+            if other is job or at is None or other.workload is None or not other.iteration_s:
+                continue
+            if at.workers > 1:
+                moved = (3 * at.workers - 2) * other.workload.features.gradient_bytes
+                load[at.store] = load.get(at.store, 0.0) + moved / other.iteration_s
+        return load
+
+
+def _describe(call: Call, result: InvocationResult) -> str:
     if call.hung:
         return "showed no sign of life and was killed"
     if result.ending == "returned":

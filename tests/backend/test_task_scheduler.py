@@ -11,6 +11,7 @@ from smlt_tune.backend.job import JobSpec, JobState
 from smlt_tune.backend.ledger import Ledger
 from smlt_tune.backend.platforms.base import InvocationResult, PlatformLimits
 from smlt_tune.backend.prices import load_prices
+from smlt_tune.backend.resource_manager.observations import Decision
 from smlt_tune.backend.resource_manager.policy import Bounds, PinnedOrDefault
 from smlt_tune.backend.task_scheduler import (
     GRACE_S,
@@ -747,7 +748,8 @@ def test_out_of_memory_of_the_next_generation(world):
     """What counts is the memory of those who had too little, not that of those who train."""
     state = world.submit(workers=1, memory_mb=None)
     world.train()
-    world.scheduler._active["a"].resize_to = replace(state.allocation, workers=2, memory_mb=512)
+    smaller = replace(state.allocation, workers=2, memory_mb=512)
+    world.scheduler._active["a"].resize_to = Decision(smaller, "a test")
     world.scheduler.tick()
     world.end(*names(1, [0]), "out_of_memory")
     world.end_all("a", 0, "cancelled")

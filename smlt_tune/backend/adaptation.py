@@ -1,0 +1,301 @@
+"""What the policy of a fleet is told, and when it is asked again (paper 1b meets 1c).
+
+The scheduler passes on what rank 0 of a job says. Here it becomes profiles for the policy, and
+occasions to look at the job's allocation again:
+
+| occasion | when |
+|---|---|
+| ``workload`` | the model or the batch size is another one, at once |
+| ``measured`` | the first iterations of a generation have been measured |
+| ``progress`` | at 15, 35 and 60 % of the job |
+| ``drift`` | iterations take another time than the policy was told |
+| ``functions free`` | another job has ended; a few jobs at a time |
+| ``time limit`` | the functions have to be started anew anyway |
+
+A review costs the policy milliseconds, so there is one at a time, with pauses in between that bound
+the share of a core that all of them take, however many jobs run.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from heapq import nsmallest
+from typing import Any, TypeVar
+
+from smlt_tune.backend.generations import Generation, Record
+from smlt_tune.backend.job import DecisionRecord
+from smlt_tune.backend.measurements import Measurement
+from smlt_tune.backend.resource_manager.observations import Decision, Profile, Workload
+from smlt_tune.backend.resource_manager.policy import (
+    AllocationPolicy,
+    JobFacts,
+    PinnedOrDefault,
+    Plans,
+)
+from smlt_tune.errors import SmltError
+from smlt_tune.runtime import wire
+from smlt_tune.runtime.clock import Clock
+from smlt_tune.runtime.features import ModelFeatures
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+#: Time between two reviews, in seconds: at 10 ms each, 4 % of a core.
+REVIEW_PAUSE_S = 0.25
+#: A generation is looked at after so many iterations or so much time of them, in seconds.
+MEASURED_ITERATIONS = 5
+MEASURED_S = 2.0
+#: Shares of a job after which it is looked at again.
+MILESTONES = (0.15, 0.35, 0.6)
+#: When functions have become free, so many jobs are looked at, ...
+FREED_JOBS = 4
+#: ... and not more often than this, in seconds.
+FREED_PAUSE_S = 5.0
+
+
+class Adaptation:
+    """Stands between the scheduler of one fleet and its policy.
+
+    A policy that fails does not end jobs: the simplest one answers in its place.
+
+    Args:
+        policy: Chooses allocations.
+        fleet: Name of the fleet; makes the names of its jobs unique in the project.
+        clock: Time.
+        record: Writes an event (kind, job, body) into the fleet's history.
+        on_profile: Gets what a generation has measured, at its end.
+    """
+
+    def __init__(
+        self,
+        policy: AllocationPolicy,
+        fleet: str,
+        clock: Clock,
+        record: Callable[[str, str, dict[str, Any]], None],
+        on_profile: Callable[[Profile], None] | None,
+    ) -> None:
+        self._policy = policy
+        self._fleet = fleet
+        self._clock = clock
+        self._record = record
+        self._on_profile = on_profile
+        self._due: dict[str, str] = {}
+        self._review_after_s = 0.0
+        self._freed = False
+        self._freed_after_s = 0.0
+
+    def name(self, job_id: str) -> str:
+        """Of a job in the project."""
+        return f"{self._fleet}/{job_id}"
+
+    # --- what the policy decides ------------------------------------------------------------------
+
+    def first(self, job: Record, facts: JobFacts, occasion: str) -> Decision:
+        """For a job that has no functions."""
+        decision = self._ask(lambda policy: policy.first(facts))
+        self._decided(job, decision, occasion)
+        return decision
+
+    def after_out_of_memory(
+        self, job: Record, generation: Generation, facts: JobFacts, peak_mb: float
+    ) -> Decision | None:
+        """For a job whose worker exceeded its memory; None to give up."""
+        limit_mb = generation.allocation.memory_mb
+        if job.workload is not None:
+            profile = Profile(
+                self.name(job.job_id),
+                job.workload,
+                generation.allocation,
+                iterations=0,
+                iteration_s=0.0,
+                peak_mb=max(peak_mb, float(limit_mb)),
+                out_of_memory=True,
+            )
+            self._ask(lambda policy: policy.observe(profile))
+            self._keep(job, profile)
+        decision = self._ask(lambda policy: policy.after_out_of_memory(facts, peak_mb))
+        if decision is not None:
+            self._decided(job, decision, "out of memory")
+        return decision
+
+    def review(self, job: Record, facts: JobFacts, occasion: str) -> Decision | None:
+        """For a job that runs; None to stay with what it has."""
+        current = job.current
+        assert current is not None
+        measurement = job.measurements.get(_key(job.workload, current))
+        if measurement is not None and measurement.iterations:
+            self._tell(measurement)  # it decides on the newest
+        decision = self._ask(lambda policy: policy.review(facts))
+        first_time, job.reviewed_s = not job.reviewed_s, self._clock.monotonic()
+        if first_time:
+            self._say_if_infeasible(facts)
+        moves = decision is not None and decision.allocation != current.allocation
+        if decision is not None and moves:
+            self._decided(job, decision, occasion)
+            return decision
+        if not current.reviewed:
+            stay = decision or Decision(current.allocation, "nothing is worth a move")
+            self._decided(job, stay, occasion)
+        current.reviewed = True
+        return None
+
+    def next_review(self, jobs: Mapping[str, Record]) -> tuple[Record, str] | None:
+        """The job to look at now, and the occasion; None if there is none, or one was just now."""
+        now = self._clock.monotonic()
+        if self._freed and now >= self._freed_after_s:
+            self._freed, self._freed_after_s = False, now + FREED_PAUSE_S
+            able = [j for j in jobs.values() if j.steady and _may_grow(j)]
+            for job in nsmallest(FREED_JOBS, able, key=lambda j: j.reviewed_s):
+                self._due.setdefault(job.job_id, "functions free")
+        if not self._due or not self.may_review():
+            return None
+        for job_id, occasion in list(self._due.items()):
+            if job_id not in jobs:
+                del self._due[job_id]
+            elif jobs[job_id].steady:
+                del self._due[job_id]
+                self._review_after_s = now + REVIEW_PAUSE_S
+                return jobs[job_id], occasion
+        return None
+
+    def may_review(self) -> bool:
+        """Whether the last review was long enough ago."""
+        return self._clock.monotonic() >= self._review_after_s
+
+    def functions_freed(self) -> None:
+        """A job has ended."""
+        self._freed = True
+
+    # --- what rank 0 says -------------------------------------------------------------------------
+
+    def workload(self, job: Record, event: wire.Workload) -> None:
+        """It knows what it computes, or that has changed."""
+        features = ModelFeatures(
+            event.parameters, event.gradient_bytes, event.flops_per_sample, event.activation_bytes
+        )
+        told = Workload(features, event.batch, event.iterations, job.state.spec.function)
+        before, job.workload = job.workload, told
+        if before is None or (before.features, before.batch) != (features, event.batch):
+            job.workload_changed = True
+            self._record("workload", job.job_id, asdict(told))
+
+    def progress(self, job: Record, generation: Generation, event: wire.Progress) -> None:
+        """It is at work."""
+        if event.left is not None:
+            job.left = event.left
+        if event.other_share is not None:
+            job.other_share = event.other_share
+        occasion = self._measure(job, generation, event) if event.chunk else ""
+        milestones = sum(_share_done(job) >= share for share in MILESTONES)
+        if milestones > job.milestones:
+            job.milestones = milestones
+            occasion = occasion or "progress"
+        if job.workload_changed:
+            job.workload_changed = False
+            occasion = "workload"
+        if not occasion or not _may_change(job):
+            return
+        if occasion == "workload":  # whatever it has now was meant for something else
+            self._due = {job.job_id: occasion} | self._due
+        self._due.setdefault(job.job_id, occasion)
+
+    def generation_over(self, job: Record, generation: Generation) -> None:
+        """Its functions are gone: what was measured is kept for the siblings."""
+        for measurement in list(job.measurements.values()):
+            if measurement.allocation == generation.allocation:
+                measurement.peak_mb = max(measurement.peak_mb, generation.peak_mb)
+                if measurement.iterations != measurement.kept:
+                    measurement.kept = measurement.iterations
+                    self._keep(job, self._tell(measurement))
+
+    def _measure(self, job: Record, generation: Generation, event: wire.Progress) -> str:
+        """Adds a chunk of iterations; returns an occasion to look at the job, if it is one."""
+        if job.workload is None:
+            return ""
+        key = _key(job.workload, generation)
+        if key not in job.measurements:
+            job.measurements[key] = Measurement(
+                self.name(job.job_id), job.workload, generation.allocation
+            )
+        measurement = job.measurements[key]
+        measurement.add(event.chunk, event.iteration_s, event.sync_s)
+        measurement.other_share = job.other_share or 0.0
+        measurement.start_s = generation.start_s
+        measurement.peak_mb = max(measurement.peak_mb, generation.peak_mb)
+        drifted = measurement.drifted
+        if drifted:
+            measurement.forget_the_past()
+        if drifted or measurement.worth_telling:
+            job.iteration_s = self._tell(measurement).iteration_s
+        before = _enough(generation)
+        generation.measured += event.chunk
+        generation.measured_s += event.chunk * event.iteration_s
+        if _enough(generation) and not before:
+            return "measured"
+        return "drift" if drifted else ""
+
+    # --- small things -----------------------------------------------------------------------------
+
+    def _ask(self, question: Callable[[AllocationPolicy], _T]) -> _T:
+        try:
+            return question(self._policy)
+        except Exception:  # noqa: BLE001 - a policy may be anybody's
+            _LOG.exception("the allocation policy failed; the default one decides this time")
+            return question(PinnedOrDefault())
+
+    def _tell(self, measurement: Measurement) -> Profile:
+        profile = measurement.profile()
+        self._ask(lambda policy: policy.observe(profile))
+        return profile
+
+    def _keep(self, job: Record, profile: Profile) -> None:
+        self._record("profile", job.job_id, asdict(profile))
+        if self._on_profile is not None:
+            try:
+                self._on_profile(profile)
+            except SmltError as error:
+                _LOG.warning("a profile of job %s was not kept: %s", job.job_id, error)
+
+    def _decided(self, job: Record, decision: Decision, occasion: str) -> None:
+        now = self._clock.monotonic()
+        entry = DecisionRecord(
+            occasion,
+            decision.allocation,
+            decision.reason,
+            dict(decision.evidence),
+            0.0 if job.begun_s is None else now - job.begun_s,
+        )
+        self._record("decision", job.job_id, entry.to_json())
+        job.state.update(decisions=[*job.state.decisions, entry])
+
+    def _say_if_infeasible(self, facts: JobFacts) -> None:
+        """Once per job, as soon as it is known what it computes."""
+        if isinstance(self._policy, Plans) and facts.workload is not None:
+            plan = self._ask(
+                lambda policy: policy.plan(facts) if isinstance(policy, Plans) else None
+            )
+            if plan is not None and not plan.feasible:
+                _LOG.warning("job %s: %s", facts.job_id, " ".join(plan.notes))
+
+
+def _key(workload: Workload | None, generation: Generation) -> Any:
+    """What makes a measurement: how long the job is does not."""
+    return (replace(workload, iterations=None) if workload else None, generation.allocation)
+
+
+def _enough(generation: Generation) -> bool:
+    return generation.measured >= MEASURED_ITERATIONS or generation.measured_s >= MEASURED_S
+
+
+def _share_done(job: Record) -> float:
+    total = job.workload.iterations if job.workload else None
+    return 1.0 - job.left / total if total and job.left is not None else 0.0
+
+
+def _may_change(job: Record) -> bool:
+    bounds = job.state.spec.bounds
+    return bounds.workers is None or bounds.memory_mb is None
+
+
+def _may_grow(job: Record) -> bool:
+    return job.state.spec.bounds.workers is None

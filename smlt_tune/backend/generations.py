@@ -1,0 +1,177 @@
+"""What the scheduler remembers of jobs that are not over: generations, workers, invocations."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from smlt_tune.backend.job import JobState
+from smlt_tune.backend.measurements import Measurement
+from smlt_tune.backend.resource_manager.observations import Allocation, Decision, Workload
+from smlt_tune.errors import JobError
+from smlt_tune.runtime import wire
+
+
+@dataclass
+class Call:
+    """One invocation under way."""
+
+    invocation_id: str
+    rank: int
+    incarnation: int
+    memory_mb: int
+    started_s: float
+    timeout_s: float
+    requests: list[wire.Requests] = field(default_factory=list)
+    alive_s: float | None = None
+    hung: bool = False
+
+
+@dataclass
+class Worker:
+    """One rank of a generation."""
+
+    rank: int
+    incarnation: int = -1
+    joining: bool = False
+    ready: bool = False
+    begun: bool = False
+    gone: bool = False
+    sign_s: float = 0.0
+    slowest_s: float = 0.0
+    told: wire.Failed | None = None
+
+
+@dataclass
+class Generation:
+    """One fixed group of workers of a job."""
+
+    number: int
+    allocation: Allocation
+    start: wire.Start | None
+    workers: list[Worker]
+    lease_s: float
+    calls: dict[str, Call] = field(default_factory=dict)
+    to_invoke: list[int] = field(default_factory=list)
+    reserved: set[str] = field(default_factory=set)
+    invoke_after_s: float = 0.0
+    started: bool = False
+    asked_to_leave: bool = False
+    left: bool = False
+    closed: bool = False
+    closed_s: float = 0.0
+    start_s: float = 0.0
+    peak_mb: float = 0.0
+    measured: int = 0
+    measured_s: float = 0.0
+    reviewed: bool = False
+
+    @property
+    def stranded(self) -> bool:
+        """Whether only replacements are left, which nobody can give the state any more."""
+        return self.started and all(
+            w.gone or (not w.begun and (w.joining or w.rank in self.to_invoke))
+            for w in self.workers
+        )
+
+    @property
+    def steady(self) -> bool:
+        """Whether all of it trains, and is to go on."""
+        over = self.asked_to_leave or self.left or self.closed
+        return self.started and not over and all(w.begun for w in self.workers)
+
+    def ends_s(self) -> float:
+        """When the first of its functions reaches its time limit."""
+        return min((c.started_s + c.timeout_s for c in self.calls.values()), default=float("inf"))
+
+
+@dataclass
+class Planned:
+    """A generation that waits for free functions or money.
+
+    Attributes:
+        allocation: What it needs.
+        reason: Why it is started.
+        start: Where it begins; None while the one before it still trains.
+        since_s: When it began to wait.
+        held: How many functions the job has or had until now: so many are its own.
+        decision: The policy's reason for the allocation, if it chose it.
+    """
+
+    allocation: Allocation
+    reason: str
+    start: wire.Start | None
+    since_s: float
+    held: int = 0
+    decision: str = ""
+
+
+@dataclass
+class Record:
+    """Everything about one job."""
+
+    state: JobState
+    submitted_s: float
+    generations: list[Generation] = field(default_factory=list)
+    plan: Planned | None = None
+    resize_to: Decision | None = None
+    next_number: int = 0
+    begun_s: float | None = None
+    position: str = ""
+    strikes: int = 0
+    strike_position: str = ""
+    struck: frozenset[str] = frozenset()
+    peak_mb: float = 0.0
+    boot_s: float = 0.0
+    slowest_s: float = 0.0
+    checkpoint: str | None = None
+    ending: str = ""
+    reason: str = ""
+    error: JobError | None = None
+    value: Any = None
+    # What its workers have said of their work, and when its allocation was looked at last.
+    workload: Workload | None = None
+    workload_changed: bool = False
+    left: int | None = None
+    other_share: float | None = None
+    iteration_s: float = 0.0
+    measurements: dict[Any, Measurement] = field(default_factory=dict)
+    milestones: int = 0
+    reviewed_s: float = 0.0
+
+    @property
+    def job_id(self) -> str:
+        """Its name."""
+        return self.state.spec.job_id
+
+    @property
+    def current(self) -> Generation | None:
+        """The generation that trains, or will first."""
+        return next((g for g in self.generations if not g.closed and not g.left), None)
+
+    @property
+    def following(self) -> Generation | None:
+        """The one that waits to take over."""
+        live = [g for g in self.generations if not g.closed and not g.left]
+        return live[1] if len(live) > 1 else None
+
+    @property
+    def heading_for(self) -> Allocation | None:
+        """The allocation that the job is on its way to, or has; None before the first."""
+        if self.resize_to is not None:
+            return self.resize_to.allocation
+        newest = self.plan or self.following or self.current
+        return newest.allocation if newest else self.state.allocation
+
+    @property
+    def steady(self) -> bool:
+        """Whether it trains, and nothing is about to change."""
+        current = self.current
+        if self.ending or self.plan or self.resize_to or self.following or current is None:
+            return False
+        return current.steady
+
+    def calls(self) -> Iterable[tuple[Generation, Call]]:
+        """May be read while the scheduler's thread goes on: works on copies."""
+        for generation in list(self.generations):
+            for call in list(generation.calls.values()):
+                yield generation, call

@@ -1,0 +1,106 @@
+"""How long functions may run, and what that may cost: the money of invocations."""
+
+from collections.abc import Sequence
+
+from smlt_tune.backend.ledger import Ledger
+from smlt_tune.backend.platforms.base import InvocationResult, Platform
+from smlt_tune.backend.prices import Prices
+from smlt_tune.backend.resource_manager.observations import Allocation
+from smlt_tune.errors import BudgetExhausted
+from smlt_tune.runtime import wire
+
+#: Largest share of the free budget that one generation may reserve.
+LEASE_SHARE = 0.25
+#: Shortest lease worth starting a function for, in seconds.
+SHORTEST_LEASE_S = 3.0
+#: Leases are not made shorter than this while there is money for it, in seconds.
+USEFUL_LEASE_S = 20.0
+#: Requests to an object store that charges for them which an invocation may make in any case, ...
+FREE_REQUESTS = 50
+#: ... and how often it may save a checkpoint there, in seconds.
+PAID_CHECKPOINT_S = 5.0
+
+
+class Leases:
+    """Of all invocations of a fleet.
+
+    Args:
+        platform: Where functions run.
+        prices: What they cost.
+        ledger: Knows what is free.
+        paid_requests: Whether the object store charges for requests.
+    """
+
+    def __init__(
+        self, platform: Platform, prices: Prices, ledger: Ledger, *, paid_requests: bool
+    ) -> None:
+        self._platform = platform
+        self._prices = prices
+        self._ledger = ledger
+        self._paid_requests = paid_requests
+
+    def length_s(self, allocation: Allocation) -> float:
+        """How long functions may run: up to the time limit, less if money is short.
+
+        Raises:
+            BudgetExhausted: There is not enough for a lease that is worth it.
+        """
+        limits = self._platform.limits
+        lease_s = limits.time_limit_s
+        if self._ledger.budget_usd is None:
+            return lease_s
+        at_once = self.worst_usd(allocation, 0.0) * allocation.workers
+        hour = self.worst_usd(allocation, 3600.0) * allocation.workers
+        per_s = (hour - at_once) / 3600.0
+        free = max(0.0, self._ledger.available_usd - at_once)
+        affordable_s = 0.99 * free / per_s if per_s else lease_s
+        lease_s = min(lease_s, max(LEASE_SHARE * affordable_s, min(USEFUL_LEASE_S, affordable_s)))
+        if lease_s < min(SHORTEST_LEASE_S, limits.time_limit_s):
+            raise BudgetExhausted(
+                f"{allocation.workers} functions of {allocation.memory_mb} MB cost "
+                f"{per_s:.9f} USD per second; of the budget {self._ledger.available_usd:.9f} "
+                "USD are free"
+            )
+        return lease_s
+
+    def worst_usd(self, allocation: Allocation, lease_s: float) -> float:
+        """The most that one function of a generation can cost, USD."""
+        limits = self._platform.limits
+        puts, gets = self.allowance(lease_s)
+        return self._prices.worst_case_usd(
+            allocation.memory_mb,
+            lease_s,
+            limits.deliveries,
+            object_puts=puts * limits.deliveries,
+            object_gets=gets * limits.deliveries,
+            init_s=limits.init_s,
+        )
+
+    def allowance(self, lease_s: float) -> tuple[int, int]:
+        """How many puts and gets of a paid object store one delivery may make."""
+        if not self._paid_requests:
+            return 0, 0
+        return FREE_REQUESTS + int(lease_s / PAID_CHECKPOINT_S), 4 * FREE_REQUESTS
+
+    def billed_usd(
+        self,
+        memory_mb: int,
+        lease_s: float,
+        result: InvocationResult,
+        said: Sequence[wire.Requests],
+    ) -> float:
+        """What an invocation did cost, USD.
+
+        Args:
+            memory_mb: Of its function, MB.
+            lease_s: Its lease, seconds.
+            result: How it ended.
+            said: What its deliveries have said of their requests; if one could not, all that it
+                was allowed counts.
+        """
+        puts, gets = (allowed * result.deliveries for allowed in self.allowance(lease_s))
+        if len(said) == result.deliveries:
+            puts = sum(requests.puts for requests in said)
+            gets = sum(requests.gets for requests in said)
+        usd = self._prices.invocation_usd(memory_mb, result.billed_s, result.deliveries)
+        return usd + self._prices.object_requests_usd(puts, gets)
