@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--out", metavar="DIR", type=Path, help="folder of the report (NAME-report by default)"
     )
+    _add_plan(commands)
     explain = commands.add_parser("explain", help="tell why jobs had the allocations they had")
     explain.set_defaults(run=_explain)
     explain.add_argument("job", metavar="JOB", nargs="?", help="all jobs in short without it")
@@ -93,6 +94,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    from smlt_tune.backend.platforms import PLATFORMS
+
+    plan = commands.add_parser(
+        "plan",
+        help="predict time and cost of a training function or a sweep, without running it",
+        description="Predicts time and cost. Exit code 2: the goal is not expected to be reached.",
+    )
+    plan.set_defaults(run=_plan)
+    plan.add_argument(
+        "target", metavar="TARGET", help="sweep.yaml, file.py:function or package.module:function"
+    )
+    plan.add_argument("--config", metavar="JSON", help="of the function, such as '{\"lr\": 0.1}'")
+    plan.add_argument("--goal", choices=["cheapest", "fastest"], help="of each training")
+    plan.add_argument(
+        "--deadline", metavar="TIME", type=_checked("duration"), help="such as 90s, 10m or 8h"
+    )
+    plan.add_argument("--budget", metavar="USD", type=_checked("positive"), help="what it may cost")
+    for name, what in (
+        ("--workers", "pins the number of functions"),
+        ("--memory-mb", "pins the memory of a function"),
+        ("--max-workers", "most functions to choose"),
+    ):
+        plan.add_argument(name, metavar="N", type=_checked("count"), help=what)
+    plan.add_argument("--platform", choices=sorted(PLATFORMS), help="where functions run (local)")
+    plan.add_argument(
+        "--project", metavar="DIR", type=Path, help="folder with measurements of earlier jobs"
+    )
+    plan.add_argument(
+        "--out", metavar="FILE", type=Path, action="append", default=[],
+        help="a picture (.png, .svg, .pdf) or everything (.json); may be given again",
+    )  # fmt: skip
+    plan.add_argument(
+        "--dry-run-timeout", metavar="TIME", type=_checked("duration"), default=120.0,
+        help="how long the function may take to the end of its first iteration (2m)",
+    )  # fmt: skip
 
 
 def _checked(converter: str) -> Any:
@@ -162,6 +201,26 @@ def _run(sweep: "Sweep", out: Path) -> int:
     if ended is not None:
         raise ended
     return 0 if best(board.snapshot(), maximize=sweep.maximize) else 1
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """``smlt plan``."""
+    from smlt_tune.backend.sweeps.plan_command import Request, plan
+
+    given = vars(arguments).copy()
+    del given["run"]
+    plan_ = plan(Request(**given), progress=lambda text: print(f"smlt: {text}", file=sys.stderr))
+    console = _console()
+    for line in plan_.lines:
+        console.print(line, soft_wrap=True, markup=False)
+    for table in plan_.tables:
+        console.print()
+        console.print(table)
+    for note in plan_.notes:
+        console.print(f"\nnote: {note}", soft_wrap=True, markup=False)
+    for path in plan_.written:
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+    return 0 if plan_.feasible else 2
 
 
 def _explain(arguments: argparse.Namespace) -> int:

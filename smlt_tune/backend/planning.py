@@ -5,20 +5,27 @@ what it computes; the resource manager predicts the rest. No platform is asked t
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from smlt_tune.backend import isolated
 from smlt_tune.backend.artifact_manager import pickled
 from smlt_tune.backend.goals import Cheapest, Goal
-from smlt_tune.backend.platforms.base import PlatformLimits
-from smlt_tune.backend.resource_manager.observations import Plan, Workload
+from smlt_tune.backend.platforms.base import Platform, PlatformLimits
+from smlt_tune.backend.prices import Prices, load_prices
+from smlt_tune.backend.profiles import FILE as PROFILES
+from smlt_tune.backend.profiles import ProfileStore
+from smlt_tune.backend.resource_manager.manager import ResourceManager
+from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Plan, Profile, Workload
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, check
 from smlt_tune.errors import InvalidInput
 
 #: How long the training function may take to the end of its first iteration, seconds.
 DRY_RUN_S = 120.0
+#: Kind of the store that a fleet starts for itself.
+_OWN_STORE = "redis"
 
 
 class Planner(Protocol):
@@ -104,13 +111,40 @@ def measure(
 
     advice = (
         "the training function has not come to the end of its first iteration: let it load less "
-        "for a plan, or allow more time"
+        "for a plan, or allow more time (timeout_s, --dry-run-timeout)"
     )
     found = isolated.call(
         dry_run, train, config, datasets=datasets, timeout_s=timeout_s, advice=advice
     )
     digest = hashlib.sha256(pickled(train, "the training function")).hexdigest()
     return Workload(found.features, found.batch, found.iterations, digest)
+
+
+def resource_manager(
+    platform: Platform, *, project: Path | None = None, prices: Prices | None = None
+) -> ResourceManager:
+    """The resource manager for planning, with what is known of a platform.
+
+    Args:
+        platform: Nothing is run on it.
+        project: Folder with the profiles of earlier fleets; None to plan without them.
+        prices: What functions cost; the default list if None.
+
+    Raises:
+        InvalidInput: The folder holds no profiles, or those of another version or program.
+        ObjectDamaged: The profiles are damaged.
+    """
+    from smlt_tune.backend.calibration import platform_table
+
+    table = platform_table(platform)
+    profiles: Sequence[Profile] = ()
+    if project is not None:
+        if not (project / PROFILES).is_file():
+            raise InvalidInput(f"there are no profiles in {project}: it holds no {PROFILES}")
+        with ProfileStore(project) as known:
+            profiles = known.profiles(platform.fingerprint)
+    stores = {DEFAULT_STORE: table.stores[_OWN_STORE]}
+    return ResourceManager(table, stores, prices or load_prices(), profiles)
 
 
 def _not_callable(train: object) -> list[str]:

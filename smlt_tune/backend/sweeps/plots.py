@@ -11,6 +11,8 @@ from smlt_tune.backend.sweeps.board import Board, Row, ranked
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MISSING = "plots need matplotlib: pip install 'smlt-tune[report]'"
+
 COLOURS = {
     "finished": "#2a7f62",
     "pruned": "#d9a441",
@@ -19,7 +21,7 @@ COLOURS = {
     "waiting": "#999999",
     "running": "#3478b6",
 }
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
@@ -66,7 +68,7 @@ def _svg(paint: Callable[["Axes"], None]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.4))
         paint(figure.add_subplot())
         out = io.StringIO()

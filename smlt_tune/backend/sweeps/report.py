@@ -14,8 +14,6 @@ from smlt_tune.backend.sweeps.board import Board, Row, best, ranked
 if TYPE_CHECKING:
     from smlt_tune.backend.fleet import Fleet
 
-NO_PLOTS = "plots need matplotlib: pip install 'smlt-tune[report]'"
-
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -59,7 +57,7 @@ def write(board: Board, fleet: "Fleet", folder: Path) -> list[str]:
             (folder / f"trial-{trial}-{name}.log").write_text(text, encoding="utf-8")
     pictures = plots.draw(board) if plots.available() else {}
     (folder / "report.html").write_text(_html(board, fleet, rows, pictures), encoding="utf-8")
-    return [] if pictures else [NO_PLOTS]
+    return [] if pictures else [plots.MISSING]
 
 
 def _columns(board: Board, rows: list[Row]) -> list[str]:
@@ -120,7 +118,7 @@ def _html(board: Board, fleet: "Fleet", rows: list[Row], pictures: dict[str, str
         f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
         for title, svg in pictures.items()
     )
-    shown = f'<div class="plots">{figures}</div>' if figures else f"<p>{escape(NO_PLOTS)}</p>"
+    shown = f'<div class="plots">{figures}</div>' if figures else f"<p>{escape(plots.MISSING)}</p>"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'

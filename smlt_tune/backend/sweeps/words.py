@@ -1,9 +1,11 @@
 """Numbers as people read them."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Allocation, Interval
+
+T = TypeVar("T")
 
 
 def usd(amount: float | None) -> str:
@@ -39,6 +41,18 @@ def allocation(one: Allocation) -> str:
     return f"{one.workers} x {one.memory_mb} MB{store}"
 
 
+def allocations(several: Sequence[Allocation]) -> str:
+    """``1 to 4 x 1769 MB``."""
+    workers = span(one.workers for one in several)
+    return f"{workers} x {span(one.memory_mb for one in several)} MB"
+
+
+def span(numbers: Iterable[int]) -> str:
+    """``4`` if they are all the same, else ``1 to 4``."""
+    seen = sorted(set(numbers))
+    return str(seen[0]) if len(seen) == 1 else f"{seen[0]} to {seen[-1]}"
+
+
 def value(number: Any) -> str:
     """A parameter or a metric, at most some seven characters if it is a number."""
     if isinstance(number, bool) or not isinstance(number, int | float):
@@ -51,3 +65,10 @@ def value(number: Any) -> str:
 def settings(params: dict[str, Any]) -> str:
     """``depth=2 lr=0.0031``."""
     return " ".join(f"{name}={value(chosen)}" for name, chosen in params.items())
+
+
+def thinned(rows: Sequence[T], most: int) -> list[T]:
+    """At most so many of some rows, evenly, the first and the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
