@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from smlt_tune.backend.fleet import Fleet, Job, JobOutcome, Report
     from smlt_tune.backend.goals import Cheapest, Fastest
     from smlt_tune.errors import SmltError
+    from smlt_tune.runtime.features import ModelFeatures, model_features
     from smlt_tune.runtime.session import Session, session
 
 __version__ = "0.1.0"
@@ -21,9 +22,11 @@ _HOMES = {
     "Fleet": "smlt_tune.backend.fleet",
     "Job": "smlt_tune.backend.fleet",
     "JobOutcome": "smlt_tune.backend.fleet",
+    "ModelFeatures": "smlt_tune.runtime.features",
     "Report": "smlt_tune.backend.fleet",
     "Session": "smlt_tune.runtime.session",
     "SmltError": "smlt_tune.errors",
+    "model_features": "smlt_tune.runtime.features",
     "session": "smlt_tune.runtime.session",
 }
 
@@ -33,10 +36,12 @@ __all__ = [
     "Fleet",
     "Job",
     "JobOutcome",
+    "ModelFeatures",
     "Report",
     "Session",
     "SmltError",
     "__version__",
+    "model_features",
     "session",
 ]
 

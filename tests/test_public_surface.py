@@ -13,10 +13,12 @@ PUBLIC = [
     "Fleet",
     "Job",
     "JobOutcome",
+    "ModelFeatures",
     "Report",
     "Session",
     "SmltError",
     "__version__",
+    "model_features",
     "session",
 ]
 

@@ -30,6 +30,26 @@ class Gradients:
     check: int
 
 
+class Meter(Protocol):
+    """Measures the iteration that takes place in its context. Changes nothing of it.
+
+    Attributes:
+        flops: Floating-point operations.
+        activation_bytes: What was kept for the backward pass, bytes.
+        backward: Whether there was a backward pass.
+        failed: Something could not be measured: the numbers mean nothing.
+    """
+
+    flops: int
+    activation_bytes: int
+    backward: bool
+    failed: bool
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> Any: ...
+
+
 class Framework(Protocol):
     """The prepared objects of one training function."""
 
@@ -58,6 +78,15 @@ class Framework(Protocol):
 
         Args:
             assume: It is, if it can be. Otherwise only if the prepared objects look like it.
+        """
+
+    def trained(self) -> tuple[int, int]:
+        """How many numbers are trained, and the bytes of the vector of :meth:`gradients`."""
+
+    def measure(self, batch: Any) -> Meter | None:
+        """A meter for an iteration on a batch.
+
+        None where it could change what the iteration computes.
         """
 
     def gradients(self) -> Gradients:

@@ -25,7 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from smlt_tune.errors import InvalidInput, UsageError
-from smlt_tune.runtime.frameworks.base import META, Gradients, read_meta
+from smlt_tune.runtime.frameworks.base import META, Gradients, Meter, read_meta
 
 #: Marks a tensor's place in the structure of a state dict.
 _TENSOR = "__tensor__"
@@ -101,6 +101,14 @@ class TorchObjects:
         modules = [thing for thing in self._objects if isinstance(thing, torch.nn.Module)]
         return torch.is_grad_enabled() and (assume or any(m.training for m in modules))
 
+    def trained(self) -> tuple[int, int]:  # noqa: D102
+        return trained(self._parameters, self._floating_buffers())
+
+    def measure(self, batch: Any) -> Meter | None:  # noqa: D102
+        from smlt_tune.runtime.frameworks.torch_features import measure
+
+        return measure(batch)
+
     def gradients(self) -> Gradients:  # noqa: D102
         touched = [n for n in sorted(self._touched) if self._parameters[n].grad is not None]
         self._touched.clear()
@@ -109,8 +117,7 @@ class TorchObjects:
             raise UsageError("sparse gradients cannot be synchronised: use sparse=False")
         self._buffers = self._floating_buffers()
         self._sources = [_real(source) for source in [*gradients, *self._buffers]]
-        double = any(source.dtype == torch.float64 for source in self._sources)
-        dtype = torch.float64 if double else torch.float32
+        dtype = _common_dtype(self._sources)
         changed = torch.tensor(self._changed_buffers(), dtype=dtype)
         with torch.no_grad():
             flat = torch.cat([*(s.detach().reshape(-1).to(dtype) for s in self._sources), changed])
@@ -247,9 +254,8 @@ class TorchObjects:
         return found
 
     def _floating_buffers(self) -> list[torch.Tensor]:
-        """Each once; looked up anew, because a module may put another tensor in their place."""
-        found = {id(b): b for m in self._modules.values() for b in m._buffers.values()}
-        return [b for b in found.values() if b is not None and b.is_floating_point()]
+        """Looked up anew, because a module may put another tensor in their place."""
+        return floating_buffers(self._modules.values())
 
     def _changed_buffers(self) -> list[bool]:
         known = [*self._synced_buffers, *[None] * len(self._buffers)]
@@ -267,6 +273,33 @@ class TorchObjects:
             for i, light in enumerate(self._light):
                 states[i] = _merge(self._objects[i], states[i], light)
         return states
+
+
+def floating_buffers(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    """The buffers of the modules themselves that are synchronised, each once."""
+    found = {id(b): b for m in modules for b in m._buffers.values()}
+    return [b for b in found.values() if b is not None and b.is_floating_point()]
+
+
+def trained(parameters: Iterable[torch.Tensor], buffers: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """How much is trained and synchronised, if every trainable parameter gets a gradient.
+
+    Args:
+        parameters: Each once.
+        buffers: What :func:`floating_buffers` gave.
+
+    Returns:
+        (numbers that are trained, bytes of the vector of :meth:`TorchObjects.gradients`).
+    """
+    trainable, buffers = [p for p in parameters if p.requires_grad], list(buffers)
+    sources = [_real(t.detach()) for t in [*trainable, *buffers]]
+    numbers = sum(source.numel() for source in sources) + len(buffers)
+    return sum(p.numel() for p in trainable), numbers * _common_dtype(sources).itemsize
+
+
+def _common_dtype(sources: Iterable[torch.Tensor]) -> torch.dtype:
+    double = any(source.dtype == torch.float64 for source in sources)
+    return torch.float64 if double else torch.float32
 
 
 def _light(thing: Any) -> Any:
