@@ -51,6 +51,10 @@ STRAGGLER_Z = 2.5
 ANALYTIC_NOISE = 0.08
 _STEPS = 4
 _JITTER = 1e-8
+#: Columns of the kernel's inputs: J S0^(1/2), shares of the time, the trial's number, the place.
+_SHARES = len(PRIOR)
+_TRIAL = _SHARES + 2
+_PLACE = _TRIAL + 1
 
 
 @dataclass(frozen=True)
@@ -70,48 +74,46 @@ class Measurements:
     trials: Array
 
 
-class TrialEffect(gpytorch.kernels.Kernel):  # type: ignore[misc]
-    """Effects that the points of one trial share.
+class TimeKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
+    """The covariance; its inputs are what :func:`features` gives, shape (p, 18)."""
 
-    Inputs are (share in computation, share in synchronisation, trial), times standard deviation.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.field = _matern(FIELD_SCALES)
+        self.context = _matern(CONTEXT_SCALES)
+        self.double()
 
     def forward(  # noqa: D102 - the contract is gpytorch's
         self, x1: torch.Tensor, x2: torch.Tensor, *, diag: bool = False, **_: Any
     ) -> torch.Tensor:
-        if diag:
-            return (x1[..., :2] * x2[..., :2]).sum(-1)
-        same = x1[..., 2:3] == x2[..., 2].unsqueeze(-2)
-        return same * (x1[..., :2] @ x2[..., :2].transpose(-1, -2))
+        if diag:  # gpytorch asks for it of equal inputs only
+            return (x1[:, :_TRIAL] ** 2).sum(1) + FIELD_SD**2 + CONTEXT_SD**2
+        return self.physics(x1, x2) + self.fields(x1, x2)
+
+    def physics(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+        """``J S0 J'`` + trial: what depends on theta."""
+        same = x1[:, _TRIAL, None] == x2[:, _TRIAL]
+        effects = x1[:, _SHARES:_TRIAL] @ x2[:, _SHARES:_TRIAL].T
+        return x1[:, :_SHARES] @ x2[:, :_SHARES].T + same * effects
+
+    def fields(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+        """What the analytic model gets wrong: field + context."""
+        size = len(FIELD_SCALES)
+        a, b = x1[:, _PLACE:], x2[:, _PLACE:]
+        field = FIELD_SD**2 * self.field.forward(a[:, :size], b[:, :size])
+        return torch.as_tensor(field + CONTEXT_SD**2 * self.context.forward(a, b))
+
+
+def _matern(scales: tuple[float, ...]) -> gpytorch.kernels.Kernel:
+    kernel = gpytorch.kernels.MaternKernel(nu=2.5, ard_num_dims=len(scales))
+    kernel.lengthscale = torch.tensor(scales)
+    return kernel
 
 
 @cache
-def physics_kernel() -> gpytorch.kernels.Kernel:
-    """``J S0 J'`` + trial; its inputs are what :func:`features` gives."""
-    size = len(PRIOR)
-    physics = gpytorch.kernels.LinearKernel(active_dims=list(range(size)))
-    physics.variance = 1.0
-    trial = TrialEffect(active_dims=list(range(size, size + 3)))
-    return (physics + trial).double()
-
-
-@cache
-def residual_kernel() -> gpytorch.kernels.Kernel:
-    """Both fields; inputs as for the other. Does not depend on theta."""
-    at = len(PRIOR) + 3
-    field = _matern(FIELD_SD, FIELD_SCALES, at)
-    context = _matern(CONTEXT_SD, CONTEXT_SCALES, at)
-    return (field + context).double()
-
-
-def _matern(sd: float, scales: tuple[float, ...], first: int) -> gpytorch.kernels.Kernel:
-    inner = gpytorch.kernels.MaternKernel(
-        nu=2.5, ard_num_dims=len(scales), active_dims=list(range(first, first + len(scales)))
-    )
-    inner.lengthscale = torch.tensor(scales)
-    outer = gpytorch.kernels.ScaleKernel(inner)
-    outer.outputscale = sd**2
-    return outer
+def time_kernel() -> TimeKernel:
+    """The one that all processes share: it never changes."""
+    return TimeKernel()
 
 
 def features(at: Points, times: Times, trials: Array) -> torch.Tensor:
@@ -175,7 +177,7 @@ class GaussianProcess:
         with torch.no_grad():
             variance = self._own(x).numpy()
             if len(self._measured.ln_s):
-                across = self._physics(self._x, x) + self._apart(self._x, x)
+                across = self._physics(self._x, x) + self._fields(self._x, x)
                 half = torch.linalg.solve_triangular(self._factor, across, upper=False)
                 mean = mean + (across.T @ self._weights).numpy()
                 variance = variance - (half**2).sum(0).numpy()
@@ -191,7 +193,7 @@ class GaussianProcess:
             surprise = measured.ln_s - times.ln_s - times.gradient @ (THETA_MEAN - self._theta)
             with torch.no_grad():
                 if apart is None:  # the same for every theta
-                    apart = self._apart(x, x)
+                    apart = self._fields(x, x)
                     apart.diagonal().add_(torch.from_numpy(self._noise) + _JITTER)
                 self._factor = torch.linalg.cholesky(self._physics(x, x) + apart)
                 self._weights = torch.cholesky_solve(
@@ -211,19 +213,19 @@ class GaussianProcess:
 
     def _physics(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if not self._residual:
-            return a[:, : len(PRIOR)] @ b[:, : len(PRIOR)].T
-        return torch.as_tensor(physics_kernel()(a, b).to_dense())
+            return a[:, :_SHARES] @ b[:, :_SHARES].T
+        return time_kernel().physics(a, b)
 
-    def _apart(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def _fields(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if not self._residual:
             return torch.zeros(len(a), len(b), dtype=a.dtype)
-        return torch.as_tensor(residual_kernel()(a, b).to_dense())
+        return time_kernel().fields(a, b)
 
     def _own(self, a: torch.Tensor) -> torch.Tensor:
         """Variance of each."""
         if not self._residual:
-            return (a[:, : len(PRIOR)] ** 2).sum(1)
-        return torch.as_tensor(physics_kernel()(a, diag=True) + residual_kernel()(a, diag=True))
+            return (a[:, :_SHARES] ** 2).sum(1)
+        return time_kernel().forward(a, a, diag=True)
 
 
 def noise_sd(iterations: Array) -> Array:

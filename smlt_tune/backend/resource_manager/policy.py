@@ -127,7 +127,7 @@ class PinnedOrDefault:
         pass
 
     def first(self, facts: JobFacts) -> Decision:  # noqa: D102
-        bounds, limits = facts.bounds, facts.limits
+        bounds = facts.bounds
         workers = bounds.workers
         if workers is None:
             workers = max(bounds.min_workers, min(_DEFAULT_WORKERS, most_workers(facts)))
