@@ -8,31 +8,25 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from smlt_tune.backend import isolated
 from smlt_tune.backend.artifact_manager import pickled
 from smlt_tune.backend.goals import Cheapest, Goal
+from smlt_tune.backend.platform_tables import platform_table
 from smlt_tune.backend.platforms.base import Platform, PlatformLimits
 from smlt_tune.backend.prices import Prices, load_prices
 from smlt_tune.backend.profiles import FILE as PROFILES
 from smlt_tune.backend.profiles import ProfileStore
 from smlt_tune.backend.resource_manager.manager import ResourceManager
 from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Plan, Profile, Workload
-from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, check
+from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, Plans, check
 from smlt_tune.errors import InvalidInput
 
 #: How long the training function may take to the end of its first iteration, seconds.
 DRY_RUN_S = 120.0
 #: Kind of the store that a fleet starts for itself.
 _OWN_STORE = "redis"
-
-
-class Planner(Protocol):
-    """What predicts: the resource manager."""
-
-    def plan(self, facts: JobFacts) -> Plan:
-        """What is known of a job that has not begun."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ def plan_job(
     train: Callable[[Any], Any],
     config: Any = None,
     *,
-    policy: Planner,
+    policy: Plans,
     limits: PlatformLimits,
     goal: Goal | None = None,
     bounds: Bounds = Bounds(),  # noqa: B008 - frozen
@@ -121,22 +115,25 @@ def measure(
 
 
 def resource_manager(
-    platform: Platform, *, project: Path | None = None, prices: Prices | None = None
+    platform: Platform,
+    *,
+    project: Path | None = None,
+    home: Path | None = None,
+    prices: Prices | None = None,
 ) -> ResourceManager:
     """The resource manager for planning, with what is known of a platform.
 
     Args:
         platform: Nothing is run on it.
         project: Folder with the profiles of earlier fleets; None to plan without them.
+        home: The user's folder, where calibrations are kept; None to look at none.
         prices: What functions cost; the default list if None.
 
     Raises:
         InvalidInput: The folder holds no profiles, or those of another version or program.
         ObjectDamaged: The profiles are damaged.
     """
-    from smlt_tune.backend.calibration import platform_table
-
-    table = platform_table(platform)
+    table = platform_table(platform, home=home)
     profiles: Sequence[Profile] = ()
     if project is not None:
         if not (project / PROFILES).is_file():

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from smlt_tune.backend.goals import Goal
-from smlt_tune.backend.planning import DRY_RUN_S, JobPlan, Planner, plan_job
+from smlt_tune.backend.planning import DRY_RUN_S, JobPlan, plan_job
 from smlt_tune.backend.platforms.base import PlatformLimits
 from smlt_tune.backend.resource_manager.observations import Allocation, Interval, Prediction
-from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, check
+from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, Plans, check
 from smlt_tune.backend.sweeps import words
 from smlt_tune.backend.sweeps.space import Categorical, FloatParameter, Parameter
 from smlt_tune.backend.sweeps.sweep import Sweep
@@ -98,7 +98,7 @@ class SweepPlan:
 def plan_sweep(
     sweep: Sweep,
     *,
-    policy: Planner,
+    policy: Plans,
     limits: PlatformLimits,
     goal: Goal | None = None,
     timeout_s: float = DRY_RUN_S,
