@@ -54,6 +54,7 @@ class InlinePlatform:
             raise InvalidInput(mistakes)
         self._entry = entry
         self._clock = clock
+        self._cores = os.cpu_count() or 1
         self._limits = PlatformLimits(
             min_memory_mb=128,
             max_memory_mb=10_240,
@@ -70,7 +71,7 @@ class InlinePlatform:
 
     @property
     def fingerprint(self) -> str:  # noqa: D102 - the contract stands on the protocol
-        return f"inline:{os.cpu_count()}cores:{processor()}"
+        return f"inline:{self._cores}cores:{processor()}"
 
     @property
     def limits(self) -> PlatformLimits:  # noqa: D102
@@ -82,7 +83,7 @@ class InlinePlatform:
 
     def cores(self, memory_mb: int) -> float:
         """One for each thread that a function of that size computes with, as far as there are."""
-        return float(min(max(1, int(self.vcpus(memory_mb))), os.cpu_count() or 1))
+        return float(min(max(1, int(self.vcpus(memory_mb))), self._cores))
 
     def bill(self) -> Bill:  # noqa: D102
         with self._lock:
