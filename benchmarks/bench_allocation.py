@@ -22,10 +22,11 @@ from pathlib import Path
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # before numpy: every process has one core
 
-import common
-import numpy as np
-from allocation import experiments
-from allocation.peers import PEERS
+import common  # noqa: E402
+import numpy as np  # noqa: E402
+from allocation import experiments  # noqa: E402
+from allocation.peers import PEERS  # noqa: E402
+from allocation.truth import GOALS, LIMITED_GOALS  # noqa: E402
 
 NAMES = {
     **{key: peer.name for key, peer in PEERS.items()},
@@ -34,6 +35,7 @@ NAMES = {
 }
 KS = (0, 1, 3, 5, 10)
 SIBLINGS = (0, 4, 49)
+QUICK_SIBLINGS = (0, 4, 19)
 RECIPE_RUNS = 10
 LATENCY = (10, 100, 1000)
 #: A limit counts as broken beyond this, percent.
@@ -50,11 +52,10 @@ def tasks(args):
             if name in PEERS:
                 todo.append((experiments.peer_task, (seed, name, args.ks, constants)))
             else:
-                few = args.quick and name == "analytic"
-                siblings = (0,) if few else args.siblings
-                compared = 4 if args.quick else 12
+                siblings = (0,) if args.quick and name == "analytic" else args.siblings
+                compared, profiled = (4, (0,)) if args.quick else (12, (0, 3))
                 todo.append(
-                    (experiments.manager_task, (seed, name, args.ks, siblings, compared, not few))
+                    (experiments.manager_task, (seed, name, args.ks, siblings, compared, profiled))
                 )
         if not args.quick:
             todo.append((experiments.recipe_task, (seed, RECIPE_RUNS, constants)))
@@ -103,7 +104,7 @@ def learning(rows, args):
                 for k, cases in at.items()
             }
             limited = {
-                k: [r["over"] > BROKEN for r in cases if " in " in r["goal"]]
+                k: [r["over"] > BROKEN for r in cases if r["goal"] in LIMITED_GOALS]
                 for k, cases in at.items()
             }
             suggested = [row["suggest_ms"] for row in here if row["suggest_ms"] is not None]
@@ -115,12 +116,10 @@ def learning(rows, args):
                     "score": {k: spread(cases) for k, cases in at.items()},
                     "by_goal": {
                         goal: {k: spread(where(cases, goal=goal)) for k, cases in at.items()}
-                        for goal in experiments.GOALS
+                        for goal in GOALS
                     },
                     "broken": {k: share(values) for k, values in limited.items()},
-                    "short": {
-                        k: share([row["short"] for row in cases]) for k, cases in at.items()
-                    },
+                    "short": {k: share([row["short"] for row in cases]) for k, cases in at.items()},
                     "covered": {
                         k: share(np.concatenate(values)) if values else None
                         for k, values in covered.items()
@@ -143,7 +142,7 @@ def whole_jobs(rows, args):
                     rows, what="whole job", method=name, siblings=siblings, profiled=profiled
                 )
                 if here:
-                    limited = [row["over"] > BROKEN for row in here if " in " in row["goal"]]
+                    limited = [row["over"] > BROKEN for row in here if row["goal"] in LIMITED_GOALS]
                     result.append(
                         {
                             "method": name,
@@ -151,9 +150,7 @@ def whole_jobs(rows, args):
                             "siblings": siblings,
                             "cases": len(here),
                             "score": spread(here),
-                            "by_goal": {
-                                goal: spread(where(here, goal=goal)) for goal in experiments.GOALS
-                            },
+                            "by_goal": {goal: spread(where(here, goal=goal)) for goal in GOALS},
                             "within_10": share([row["score"] <= 10 for row in here]),
                             "broken": share(limited),
                             "moves": _digits(np.mean([row["moves"] for row in here])),
@@ -199,7 +196,7 @@ def draw(result, args, facts):
     fig, (left, right) = common.figure(
         1, 2, figsize=(11.5, 4.8), gridspec_kw={"width_ratios": [1.4, 1]}
     )
-    styles = {0: "-", 4: "--", 49: ":"}
+    styles = dict(zip(args.siblings, ("-", "--", ":"), strict=False))
     colours = dict(zip(NAMES, common.COLOURS, strict=True))
     for line in result["learning"]:
         if line["siblings"] and line["method"] != "ours":
@@ -247,15 +244,17 @@ def _job_label(line):
 def show(result, args):
     """Prints the tables."""
     common.table(
-        ("method", "siblings", *(f"k={k}" for k in args.ks), "broken %", "no memory %")
-        + (f"95 % covers, k={args.ks[1]}/{args.ks[-1]}", "recommend ms", "suggest ms"),
+        (
+            *("method", "siblings", *(f"k={k}" for k in args.ks), "broken %", "no memory %"),
+            *(f"95 % covers, k={args.ks[0]}/{args.ks[-1]}", "recommend ms", "suggest ms"),
+        ),
         [
             (
                 NAMES[line["method"]],
                 line["siblings"],
                 *(_pair(line["score"][k]) for k in args.ks),
                 *("/".join(_text(line[key][k]) for k in args.ks) for key in ("broken", "short")),
-                "/".join(_text(line["covered"][k]) for k in (args.ks[1], args.ks[-1])),
+                "/".join(_text(line["covered"][k]) or "-" for k in (args.ks[0], args.ks[-1])),
                 _text(line["recommend_ms"]),
                 _text(line["suggest_ms"]),
             )
@@ -274,8 +273,10 @@ def show(result, args):
     )
     print()
     common.table(
-        ("whole job", "profiles", "siblings", "score", *experiments.GOALS)
-        + ("within 10 %", "broken %", "moves", "no memory %"),
+        (
+            *("whole job", "profiles", "siblings", "score", *GOALS),
+            *("within 10 %", "broken %", "moves", "no memory %"),
+        ),
         [
             (
                 NAMES[line["method"]],
@@ -327,12 +328,13 @@ def arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=list(NAMES))
     parser.add_argument("--families", type=int, help="four cases each")
-    parser.add_argument("--siblings", nargs="+", type=int, default=list(SIBLINGS))
+    parser.add_argument("--siblings", nargs="+", type=int, help="numbers of earlier jobs")
     parser.add_argument("--ks", nargs="+", type=int, help="numbers of profiling runs")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     args.methods = args.methods or (["analytic", "ours"] if args.quick else list(NAMES))
     args.families = args.families or (15 if args.quick else 24)
+    args.siblings = args.siblings or list(QUICK_SIBLINGS if args.quick else SIBLINGS)
     args.ks = args.ks or (list(KS[:4]) if args.quick else list(KS))
     return args
 

@@ -6,7 +6,16 @@ from dataclasses import replace
 import numpy as np
 from allocation.ours import LiveJob, Ours, facts_of, history, new_manager, profile_run
 from allocation.peers import PEERS, Problem
-from allocation.truth import GOALS, PRICES, Allocation, Case, Family
+from allocation.truth import (
+    GOALS,
+    MAX_MB,
+    MAX_WORKERS,
+    MIN_MB,
+    PRICES,
+    Allocation,
+    Case,
+    Family,
+)
 
 #: Test candidates are numbered from here, siblings from 0.
 _FIRST_TEST = 1000
@@ -38,18 +47,27 @@ def peer_task(seed, name, ks, constants):
     family, rows = Family(seed), []
     for number in range(len(GOALS)):
         case = test_case(family, number)
-        problem = Problem(
-            facts_of(case), family.table, family.stores, PRICES, constants[case.kind]
-        )
+        problem = Problem(facts_of(case), family.table, family.stores, PRICES, constants[case.kind])
         method = PEERS[name](problem, np.random.default_rng([seed, 5, number]))
         rows += _learning(method, case, ks, {"method": name, "siblings": 0})
     return rows
 
 
-def manager_task(seed, name, ks, siblings, compared, whole_jobs):
+def manager_task(seed, name, ks, siblings, compared, profiled):
     """The resource manager, or its analytic model alone, on all cases of a family.
 
     The siblings of a case are jobs that the same method has run before, without profiling runs.
+
+    Args:
+        seed: Of the family.
+        name: ``ours`` or ``analytic``.
+        ks: Numbers of profiling runs.
+        siblings: Numbers of earlier jobs.
+        compared: On how many random allocations predictions are compared with the truth.
+        profiled: Numbers of profiling runs before whole jobs.
+
+    Returns:
+        Rows of what was measured.
     """
     _one_thread()
     family, rows, residual = Family(seed), [], name == "ours"
@@ -61,10 +79,9 @@ def manager_task(seed, name, ks, siblings, compared, whole_jobs):
             labels = {"method": name, "siblings": count}
             method = Ours(family, facts_of(case), known, residual=residual)
             rows += _learning(method, case, ks, labels, compared)
-            if whole_jobs:
-                for first in (0, 3):
-                    manager = new_manager(family, known, residual=residual)
-                    rows.append(_live(manager, case, first, labels))
+            for runs in profiled:
+                manager = new_manager(family, known, residual=residual)
+                rows.append(_live(manager, case, runs, labels))
     return rows
 
 
@@ -74,9 +91,7 @@ def recipe_task(seed, runs, constants):
     family, rows = Family(seed), []
     for number in range(len(GOALS)):
         case = test_case(family, number)
-        problem = Problem(
-            facts_of(case), family.table, family.stores, PRICES, constants[case.kind]
-        )
+        problem = Problem(facts_of(case), family.table, family.stores, PRICES, constants[case.kind])
         method = PEERS["smlt"](problem, np.random.default_rng([seed, 5, number]))
         rng, paid = np.random.default_rng([seed, 6, number]), np.zeros(2)
 
@@ -86,11 +101,20 @@ def recipe_task(seed, runs, constants):
 
         for _ in range(runs):
             profile_run(case, method.suggest(), rng, observe)
-        chosen = method.recommend()
-        seconds, usd = case.candidate.whole(chosen.workers, chosen.memory_mb)
-        score, over = case.score(seconds + paid[0], usd + paid[1])
-        labels = {"method": "smlt", "siblings": 0, "what": "whole job", "profiled": runs}
-        rows.append({**labels, "goal": case.kind, "score": score, "over": over, "moves": 0})
+        score, over, short = case.run(method.recommend(), *paid.tolist())
+        rows.append(
+            {
+                "method": "smlt",
+                "siblings": 0,
+                "what": "whole job",
+                "profiled": runs,
+                "goal": case.kind,
+                "score": score,
+                "over": over,
+                "moves": 0,
+                "failures": int(short),
+            }
+        )
     return rows
 
 
@@ -166,7 +190,7 @@ def _learning(method, case, ks, labels, compared=12):
                     "short": short,
                     "recommend_ms": recommend_ms,
                     "suggest_ms": suggest_ms[-1] if suggest_ms else None,
-                    "covered": _covered(method, case, compared),
+                    "covered": _covered(method, case, compared) if k in _ends(ks) else None,
                 }
             )
         if k < max(ks):
@@ -174,6 +198,10 @@ def _learning(method, case, ks, labels, compared=12):
             suggest_ms.append(spent_ms)
             method.observe(case.candidate.measure(where, rng))
     return rows
+
+
+def _ends(ks):
+    return min(ks), max(ks)
 
 
 def _live(manager, case, profiled, labels):
@@ -210,8 +238,8 @@ def _anywhere(candidate, rng, count):
     """Random allocations whose memory is enough, evenly in log space."""
     chosen = []
     while len(chosen) < count:
-        n = round(200 ** rng.random())
-        m = round(128 * 80 ** rng.random())
+        n = round(MAX_WORKERS ** rng.random())
+        m = round(MIN_MB * (MAX_MB / MIN_MB) ** rng.random())
         if candidate.fits(n, m):
             chosen.append((n, m))
     return np.array(chosen).T

@@ -187,7 +187,9 @@ class LiveJob:
         decision = self.manager.after_out_of_memory(facts, float(allocation.memory_mb))
         if decision is not None:
             return decision.allocation
-        return replace(allocation, workers=min(2 * allocation.workers, MAX_WORKERS), memory_mb=MAX_MB)
+        return replace(
+            allocation, workers=min(2 * allocation.workers, MAX_WORKERS), memory_mb=MAX_MB
+        )
 
     def _observe(self, profile, seconds=0.0, usd=0.0):
         self.ride.paid(seconds, usd)
@@ -198,9 +200,7 @@ class LiveJob:
             self.facts = replace(self.facts, other_share=profile.other_share, peak_mb=peak)
 
     def _now(self, **changes):
-        return replace(
-            self.facts, elapsed_s=self.ride.seconds, spent_usd=self.ride.usd, **changes
-        )
+        return replace(self.facts, elapsed_s=self.ride.seconds, spent_usd=self.ride.usd, **changes)
 
 
 def profile_run(case, allocation, rng, observe):

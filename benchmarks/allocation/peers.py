@@ -1,11 +1,11 @@
 """Other ways to choose workers and memory, all told the same: prices, limits, start-up, profiles.
 
 They learn from profiles of the job itself alone. All begin with the allocation that is best on
-average over other families (so that none of them starts worse than a well-chosen constant) and go on
-with two quasi-random ones; what is known of a job's length turns a measured time per iteration into
-time and cost of the whole job for everybody. SMLT's recipe and Optuna take a failure for want of
-memory as a bad value, as their users do; the two other models are kept away from such allocations by
-a line through the peaks that were seen.
+average over other families (so that none of them starts worse than a well-chosen constant) and go
+on with two quasi-random ones; what is known of a job's length turns a measured time per iteration
+into time and cost of the whole job for everybody. SMLT's recipe and Optuna take a failure for want
+of memory as a bad value, as their users do; the two other models are kept away from such
+allocations by a line through the peaks that were seen.
 """
 
 import warnings
@@ -15,7 +15,7 @@ import numpy as np
 
 from smlt_tune.backend.goals import Cheapest
 from smlt_tune.backend.prices import Prices
-from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Allocation
+from smlt_tune.backend.resource_manager.observations import Allocation
 from smlt_tune.backend.resource_manager.policy import JobFacts
 from smlt_tune.backend.resource_manager.tables import PlatformTable
 
@@ -49,7 +49,9 @@ class Peer:
         self.problem = problem
         self.rng = rng
         self.workers, self.memory_mb = np.zeros((2, 0))
-        self.iteration_s = self.peak_mb = np.zeros(0)  # time is infinite, peak is 0 if it did not fit
+        self.iteration_s = self.peak_mb = np.zeros(
+            0
+        )  # time is infinite, peak is 0 if it did not fit
         self.other_share = 0.05
         limits = problem.facts.limits
         self.most_workers = limits.max_workers
@@ -94,7 +96,6 @@ class Peer:
 
     def interval(self, workers, memory_mb):
         """Mean and standard deviation of ln(time per iteration); None if there is no such model."""
-        return None
 
     def _next(self):
         return self._any()
@@ -131,7 +132,9 @@ class Peer:
                 fixed = min(300.0, peaks.max())
                 per_part = (peaks.max() - fixed) * n[0]
             short |= memory_mb < 1.1 * (fixed + per_part / workers)
-        return short if not short.all() else workers * memory_mb < (workers * memory_mb).max()
+        if short.all():  # then the largest is the best guess
+            short = workers * memory_mb < (workers * memory_mb).max()
+        return short
 
     def _lines(self, workers, memory_mb):
         """Objective and used part of the limit as lines in the time per iteration.
