@@ -341,8 +341,8 @@ def arguments():
 
 def main():
     args = arguments()
-    if args.quick:
-        common.QUICK = True
+    common.QUICK = args.quick
+    if args.quick or args.seed:
         common.RESULTS = Path(__file__).parent / "results" / "tmp"
     facts, begun = common.machine(), time.monotonic()
     rows = measured(args)

@@ -1,0 +1,6 @@
+"""Benchmarks import their own modules as scripts do."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
