@@ -6,6 +6,7 @@ something failed, 2 what was asked for is wrong, 129, 130 and 143 a signal ended
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from smlt_tune.backend.sweeps.sweep import Sweep
 
-_EXTRAS = {"optuna": "optuna"}
+_EXTRAS = {"optuna": "optuna", "gpytorch": "gp", "torch": "torch"}
 
 #: Width of tables where the output is no terminal, characters.
 _LOG_WIDTH = 160
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", type=Path, help="folder of the report (NAME-report by default)"
     )
     _add_plan(commands)
+    _add_calibrate(commands)
     explain = commands.add_parser("explain", help="tell why jobs had the allocations they had")
     explain.set_defaults(run=_explain)
     explain.add_argument("job", metavar="JOB", nargs="?", help="all jobs in short without it")
@@ -131,6 +133,28 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--dry-run-timeout", metavar="TIME", type=_checked("duration"), default=120.0,
         help="how long the function may take to the end of its first iteration (2m)",
+    )  # fmt: skip
+
+
+def _add_calibrate(commands: Any) -> None:
+    from smlt_tune.backend.platforms import PLATFORMS
+
+    calibrate = commands.add_parser(
+        "calibrate", help="measure a platform, so that predictions start from what is true of it"
+    )
+    calibrate.set_defaults(run=_calibrate)
+    calibrate.add_argument(
+        "--platform", choices=sorted(PLATFORMS), default="local", help="which (local)"
+    )
+    calibrate.add_argument(
+        "--home", metavar="DIR", type=Path, help="where to keep it (SMLT_HOME, or ~/.smlt)"
+    )
+    calibrate.add_argument(
+        "--seconds", metavar="N", type=_checked("positive"), default=60.0, help="how long, about"
+    )
+    calibrate.add_argument(
+        "--parameter-store", metavar="URL", action="append", default=[],
+        help="measure this one instead of one made for the purpose; may be given for each kind",
     )  # fmt: skip
 
 
@@ -205,21 +229,24 @@ def _run(sweep: "Sweep", out: Path) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     """``smlt plan``."""
+    _require("smlt plan", "gpytorch")
     from smlt_tune.backend.sweeps.plan_command import Request, plan
 
     given = vars(arguments).copy()
     del given["run"]
-    plan_ = plan(Request(**given), progress=lambda text: print(f"smlt: {text}", file=sys.stderr))
-    console = _console()
-    for line in plan_.lines:
-        console.print(line, soft_wrap=True, markup=False)
+    request = Request(**given, home=_home())
+    plan_ = plan(request, progress=lambda text: print(f"smlt: {text}", file=sys.stderr))
+    print("\n".join(plan_.lines))
     for table in plan_.tables:
-        console.print()
-        console.print(table)
-    for note in plan_.notes:
-        console.print(f"\nnote: {note}", soft_wrap=True, markup=False)
-    for path in plan_.written:
-        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+        print()
+        _console().print(table)
+    if plan_.notes:
+        print()
+    for text in (
+        *(f"note: {note}" for note in plan_.notes),
+        *(f"wrote {f}" for f in plan_.written),
+    ):
+        print(text)
     return 0 if plan_.feasible else 2
 
 
@@ -251,6 +278,39 @@ def _console() -> "Console":
     if not console.is_terminal:
         console.width = _LOG_WIDTH
     return console
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    """``smlt calibrate``."""
+    _require("smlt calibrate", "torch")
+    from rich.table import Table
+
+    from smlt_tune.backend.calibration import calibrate, comparison
+    from smlt_tune.backend.platform_tables import keep_table, shipped_table
+    from smlt_tune.backend.platforms import open_platform
+
+    console = _console()
+    urls = {f"number {k + 1}": url for k, url in enumerate(arguments.parameter_store)}
+    with closing(open_platform(arguments.platform)) as platform:
+        console.print(platform.fingerprint, markup=False)
+        table = calibrate(
+            platform, parameter_stores=urls, seconds=arguments.seconds, say=console.print
+        )
+        path = keep_table(table, arguments.home or _home())
+        shown = Table("figure", "measured", "shipped", "difference")
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for row in comparison(table, shipped_table(platform)):
+            shown.add_row(*row)
+    console.print(shown)
+    console.print(f"kept in {path}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _home() -> Path:
+    """The user's folder for what holds for all projects."""
+    given = os.environ.get("SMLT_HOME")  # noqa: TID251 - an entry point
+    return Path(given) if given else Path.home() / ".smlt"
 
 
 def _require(what: str, *modules: str) -> None:
