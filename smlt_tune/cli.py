@@ -1,7 +1,8 @@
 """The ``smlt`` command.
 
 Exit codes: 0 the sweep ended (also when its budget or deadline ended it), 1 no trial finished or
-something failed, 2 what was asked for is wrong, 129, 130 and 143 a signal ended it.
+something failed, 2 what was asked for is wrong or, so says its plan, out of reach, 129, 130 and 143
+a signal ended it.
 """
 
 import argparse
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"smlt: {mistake}", file=sys.stderr)
         return 2
     except SmltError as error:
+        if trace := getattr(error, "worker_traceback", ""):
+            print(trace, end="", file=sys.stderr)
         print(f"smlt: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -235,19 +238,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     given = vars(arguments).copy()
     del given["run"]
     request = Request(**given, home=_home())
-    plan_ = plan(request, progress=lambda text: print(f"smlt: {text}", file=sys.stderr))
-    print("\n".join(plan_.lines))
-    for table in plan_.tables:
+    found = plan(request, progress=lambda text: print(f"smlt: {text}", file=sys.stderr))
+    print("\n".join(found.lines))
+    for table in found.tables:
         print()
         _console().print(table)
-    if plan_.notes:
-        print()
-    for text in (
-        *(f"note: {note}" for note in plan_.notes),
-        *(f"wrote {f}" for f in plan_.written),
-    ):
-        print(text)
-    return 0 if plan_.feasible else 2
+    print()
+    for note in found.notes:
+        print(f"note: {note}")
+    for path in found.written:
+        print(f"wrote {path}")
+    return 0 if found.feasible else 2
 
 
 def _explain(arguments: argparse.Namespace) -> int:

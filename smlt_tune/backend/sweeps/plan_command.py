@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from smlt_tune.backend.goals import Cheapest, Fastest, Goal
 from smlt_tune.backend.planning import plan_job, resource_manager
 from smlt_tune.backend.platforms import open_platform
+from smlt_tune.backend.platforms.base import Platform
+from smlt_tune.backend.resource_manager.manager import ResourceManager
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, check
 from smlt_tune.backend.sweeps import plan_plot, plan_text, plots, target
 from smlt_tune.backend.sweeps.document import Mistake
@@ -41,6 +43,7 @@ class Request:
         platform: Name of the platform.
         project: Folder with the profiles of earlier jobs.
         out: Files to write.
+        home: The user's folder, where calibrations are kept; None to look at none.
         dry_run_timeout: How long the function may take to the end of its first iteration, seconds.
     """
 
@@ -55,6 +58,7 @@ class Request:
     platform: str | None
     project: Path | None
     out: Sequence[Path]
+    home: Path | None
     dry_run_timeout: float
 
 
@@ -102,7 +106,7 @@ def _function(request: Request) -> Shown:
     bounds = Bounds(request.workers, request.memory_mb, max_workers=request.max_workers)
     with closing(open_platform(request.platform or "local")) as platform:
         mistakes += check(JobFacts("plan", platform.limits, goal, bounds))
-        policy = _tried(mistakes, lambda: resource_manager(platform, project=request.project))
+        policy = _tried(mistakes, lambda: _policy(platform, request))
         if mistakes or train is None or policy is None:
             raise InvalidInput(mistakes)
         job = plan_job(
@@ -131,7 +135,7 @@ def _sweep(request: Request, progress: Callable[[str], None]) -> Shown:
         raise InvalidInput(mistakes)
     with closing(sweep.open_platform()) as platform:
         mistakes += mistakes_of(sweep, platform.limits)
-        policy = _tried(mistakes, lambda: resource_manager(platform, project=request.project))
+        policy = _tried(mistakes, lambda: _policy(platform, request))
         if mistakes or policy is None:
             raise InvalidInput(mistakes)
         found = plan_sweep(
@@ -149,6 +153,10 @@ def _sweep(request: Request, progress: Callable[[str], None]) -> Shown:
     lines = plan_text.sweep_lines(sweep, found)
     tables = [plan_text.sample_table(found), plan_text.front_table(found)]
     return Shown(lines, tables, found.notes, request.out, found.feasible)
+
+
+def _policy(platform: Platform, request: Request) -> ResourceManager:
+    return resource_manager(platform, project=request.project, home=request.home)
 
 
 def _tried(mistakes: list[str], make: Callable[[], T]) -> T | None:

@@ -14,7 +14,8 @@ from smlt_tune.backend.sweeps.sweep import Sweep
 
 #: Most points of a front that are shown.
 _FRONT = 12
-_NUMBERS = {"workers", "MB", "time", "cost", "per iteration", "memory fits"}
+_TIME, _COST = "time (90 %)", "cost (90 %)"
+_NUMBERS = {"workers", "MB", _TIME, _COST, "per iteration", "memory fits"}
 
 
 def job_lines(name: str, job: JobPlan) -> list[str]:
@@ -68,7 +69,7 @@ def job_table(plan: Plan) -> Table:
     """The recommended allocation, then the front, by time."""
     rows = {one.allocation: one for one in words.thinned(plan.front, _FRONT)}
     rows.setdefault(plan.chosen.allocation, plan.chosen)
-    table = _table("", "workers", "MB", "store", "time", "cost", "per iteration", "memory fits")
+    table = _table("", "workers", "MB", "store", _TIME, _COST, "per iteration", "memory fits")
     for one in sorted(rows.values(), key=lambda row: row.time_s.mid):
         mark = ">" if one.allocation == plan.chosen.allocation else ""
         table.add_row(mark, *_cells(one), style="bold" if mark else "")
@@ -77,7 +78,7 @@ def job_table(plan: Plan) -> Table:
 
 def sample_table(plan: SweepPlan) -> Table:
     """The configurations that were looked at, each with its recommended allocation."""
-    heads = ("", "parameters", "iterations", "workers", "MB", "time", "cost", "memory fits")
+    heads = ("", "parameters", "iterations", "workers", "MB", _TIME, _COST, "memory fits")
     table = _table(*heads, "settings")
     for sample in plan.samples:
         workload, chosen = sample.job.workload, sample.job.plan.chosen
@@ -92,7 +93,7 @@ def sample_table(plan: SweepPlan) -> Table:
 
 def front_table(plan: SweepPlan) -> Table:
     """What the whole sweep takes: the recommended way, and the front, by time."""
-    table = _table("", "workers", "MB", "time", "cost")
+    table = _table("", "workers", "MB", _TIME, _COST)
     rows = {one.allocations: one for one in plan.front}
     rows.setdefault(plan.chosen.allocations, plan.chosen)
     for one in sorted(rows.values(), key=lambda row: row.time_s.mid):
