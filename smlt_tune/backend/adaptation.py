@@ -9,7 +9,7 @@ occasions to look at the job's allocation again:
 | ``measured`` | the first iterations of a generation have been measured |
 | ``progress`` | at 15, 35 and 60 % of the job |
 | ``drift`` | iterations take another time than the policy was told |
-| ``functions free`` | another job has ended; a few jobs at a time |
+| ``share`` | the job may take more functions, or is asked to give some back; a few jobs at a time |
 | ``time limit`` | the functions have to be started anew anyway |
 
 A review costs the policy milliseconds, so there is one at a time, with pauses in between that bound
@@ -23,14 +23,15 @@ from heapq import nsmallest
 from typing import Any, TypeVar
 
 from smlt_tune.backend.generations import Generation, Record
+from smlt_tune.backend.goals import Cheapest, Fastest
 from smlt_tune.backend.job import DecisionRecord
+from smlt_tune.backend.late_policy import planner
 from smlt_tune.backend.measurements import Measurement
 from smlt_tune.backend.resource_manager.observations import Decision, Profile, Workload
 from smlt_tune.backend.resource_manager.policy import (
     AllocationPolicy,
     JobFacts,
     PinnedOrDefault,
-    Plans,
 )
 from smlt_tune.errors import SmltError
 from smlt_tune.runtime import wire
@@ -47,10 +48,10 @@ MEASURED_ITERATIONS = 5
 MEASURED_S = 2.0
 #: Shares of a job after which it is looked at again.
 MILESTONES = (0.15, 0.35, 0.6)
-#: When functions have become free, so many jobs are looked at, ...
-FREED_JOBS = 4
+#: When functions have become free or are waited for, so many jobs are looked at, ...
+SHARE_JOBS = 4
 #: ... and not more often than this, in seconds.
-FREED_PAUSE_S = 5.0
+SHARE_PAUSE_S = 5.0
 
 
 class Adaptation:
@@ -64,6 +65,7 @@ class Adaptation:
         clock: Time.
         record: Writes an event (kind, job, body) into the fleet's history.
         on_profile: Gets what a generation has measured, at its end.
+        only_store: Whether there is no choice between parameter stores.
     """
 
     def __init__(
@@ -73,16 +75,19 @@ class Adaptation:
         clock: Clock,
         record: Callable[[str, str, dict[str, Any]], None],
         on_profile: Callable[[Profile], None] | None,
+        *,
+        only_store: bool,
     ) -> None:
         self._policy = policy
         self._fleet = fleet
         self._clock = clock
         self._record = record
         self._on_profile = on_profile
+        self._only_store = only_store
         self._due: dict[str, str] = {}
         self._review_after_s = 0.0
-        self._freed = False
-        self._freed_after_s = 0.0
+        self._shares_changed = False
+        self._shares_after_s = 0.0
 
     def name(self, job_id: str) -> str:
         """Of a job in the project."""
@@ -111,6 +116,7 @@ class Adaptation:
                 peak_mb=max(peak_mb, float(limit_mb)),
                 out_of_memory=True,
             )
+            job.measurements.pop(_key(job.workload, generation), None)  # this takes its place
             self._ask(lambda policy: policy.observe(profile))
             self._keep(job, profile)
         decision = self._ask(lambda policy: policy.after_out_of_memory(facts, peak_mb))
@@ -124,47 +130,55 @@ class Adaptation:
         assert current is not None
         measurement = job.measurements.get(_key(job.workload, current))
         if measurement is not None and measurement.iterations:
-            self._tell(measurement)  # it decides on the newest
+            job.iteration_s = self._tell(measurement).iteration_s  # it decides on the newest
         decision = self._ask(lambda policy: policy.review(facts))
-        first_time, job.reviewed_s = not job.reviewed_s, self._clock.monotonic()
-        if first_time:
-            self._say_if_infeasible(facts)
-        moves = decision is not None and decision.allocation != current.allocation
-        if decision is not None and moves:
-            self._decided(job, decision, occasion)
-            return decision
-        if not current.reviewed:
-            stay = decision or Decision(current.allocation, "nothing is worth a move")
-            self._decided(job, stay, occasion)
-        current.reviewed = True
-        return None
-
-    def next_review(self, jobs: Mapping[str, Record]) -> tuple[Record, str] | None:
-        """The job to look at now, and the occasion; None if there is none, or one was just now."""
         now = self._clock.monotonic()
-        if self._freed and now >= self._freed_after_s:
-            self._freed, self._freed_after_s = False, now + FREED_PAUSE_S
-            able = [j for j in jobs.values() if j.steady and _may_grow(j)]
-            for job in nsmallest(FREED_JOBS, able, key=lambda j: j.reviewed_s):
-                self._due.setdefault(job.job_id, "functions free")
-        if not self._due or not self.may_review():
+        self._review_after_s = now + REVIEW_PAUSE_S
+        if not job.reviewed_s:
+            self._say_if_infeasible(facts)
+        job.reviewed_s = now
+        if decision is None or decision.allocation == current.allocation:
+            if not current.reviewed:  # that it stays is told once
+                stay = decision or Decision(current.allocation, "nothing is worth a move")
+                self._decided(job, stay, occasion)
+            current.reviewed = True
+            return None
+        self._decided(job, decision, occasion)
+        return decision
+
+    def next_review(
+        self, jobs: Mapping[str, Record], shares: Callable[[], Callable[[Record], int]]
+    ) -> tuple[Record, str] | None:
+        """The job to look at now, and the occasion; None if there is none, or one was just now.
+
+        Args:
+            jobs: All that are not over.
+            shares: Gives what gives the functions that a job may have.
+        """
+        now = self._clock.monotonic()
+        if self._shares_changed and now >= self._shares_after_s:
+            self._shares_changed, self._shares_after_s = False, now + SHARE_PAUSE_S
+            share = shares()
+            able = [j for j in jobs.values() if j.steady and _may_resize(j, share(j))]
+            for job in nsmallest(SHARE_JOBS, able, key=lambda j: j.reviewed_s):
+                self._due.setdefault(job.job_id, "share")
+        if now < self._review_after_s:
             return None
         for job_id, occasion in list(self._due.items()):
             if job_id not in jobs:
                 del self._due[job_id]
             elif jobs[job_id].steady:
                 del self._due[job_id]
-                self._review_after_s = now + REVIEW_PAUSE_S
                 return jobs[job_id], occasion
         return None
 
-    def may_review(self) -> bool:
-        """Whether the last review was long enough ago."""
-        return self._clock.monotonic() >= self._review_after_s
+    def may_review(self, job: Record) -> bool:
+        """Whether there is something to choose, and the last review was long enough ago."""
+        return self._may_change(job) and self._clock.monotonic() >= self._review_after_s
 
-    def functions_freed(self) -> None:
-        """A job has ended."""
-        self._freed = True
+    def shares_changed(self) -> None:
+        """A job has ended, or waits for functions."""
+        self._shares_changed = True
 
     # --- what rank 0 says -------------------------------------------------------------------------
 
@@ -193,7 +207,7 @@ class Adaptation:
         if job.workload_changed:
             job.workload_changed = False
             occasion = "workload"
-        if not occasion or not _may_change(job):
+        if not occasion or not self._may_change(job):
             return
         if occasion == "workload":  # whatever it has now was meant for something else
             self._due = {job.job_id: occasion} | self._due
@@ -236,6 +250,11 @@ class Adaptation:
 
     # --- small things -----------------------------------------------------------------------------
 
+    def _may_change(self, job: Record) -> bool:
+        bounds = job.state.spec.bounds
+        store_is_open = bounds.store is None and not self._only_store
+        return store_is_open or bounds.workers is None or bounds.memory_mb is None
+
     def _ask(self, question: Callable[[AllocationPolicy], _T]) -> _T:
         try:
             return question(self._policy)
@@ -270,12 +289,16 @@ class Adaptation:
 
     def _say_if_infeasible(self, facts: JobFacts) -> None:
         """Once per job, as soon as it is known what it computes."""
-        if isinstance(self._policy, Plans) and facts.workload is not None:
-            plan = self._ask(
-                lambda policy: policy.plan(facts) if isinstance(policy, Plans) else None
-            )
-            if plan is not None and not plan.feasible:
-                _LOG.warning("job %s: %s", facts.job_id, " ".join(plan.notes))
+        if facts.workload is None or facts.goal in (Cheapest(), Fastest()):
+            return
+        try:
+            able = planner(self._policy)
+            plan = able.plan(facts) if able else None
+        except Exception:  # noqa: BLE001 - a policy may be anybody's
+            _LOG.exception("the allocation policy could not say whether the goal can be reached")
+            return
+        if plan is not None and not plan.feasible:
+            _LOG.warning("job %s: %s", facts.job_id, " ".join(plan.notes))
 
 
 def _key(workload: Workload | None, generation: Generation) -> Any:
@@ -292,10 +315,10 @@ def _share_done(job: Record) -> float:
     return 1.0 - job.left / total if total and job.left is not None else 0.0
 
 
-def _may_change(job: Record) -> bool:
-    bounds = job.state.spec.bounds
-    return bounds.workers is None or bounds.memory_mb is None
-
-
-def _may_grow(job: Record) -> bool:
-    return job.state.spec.bounds.workers is None
+def _may_resize(job: Record, share: int) -> bool:
+    """Whether the number of its workers may change, and its share is another one."""
+    bounds, current = job.state.spec.bounds, job.current
+    if bounds.workers is not None or current is None:
+        return False
+    most = share if bounds.max_workers is None else min(share, bounds.max_workers)
+    return most != current.allocation.workers

@@ -14,14 +14,15 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from smlt_tune.backend.artifact_manager import ArtifactManager
 from smlt_tune.backend.embedded_store import EmbeddedStore
-from smlt_tune.backend.goals import Cheapest, Goal
+from smlt_tune.backend.goals import Cheapest, Fastest, Goal
+from smlt_tune.backend.gradient_stores import GradientStores, read_given
 from smlt_tune.backend.history import History, HistoryEvent
 from smlt_tune.backend.job import (
     AllocationRecord,
@@ -33,22 +34,31 @@ from smlt_tune.backend.job import (
     Report,
     workload_from_json,
 )
+from smlt_tune.backend.late_policy import LatePolicy, planner, resource_manager
 from smlt_tune.backend.ledger import Entry, Ledger
 from smlt_tune.backend.platforms import open_platform
 from smlt_tune.backend.platforms.base import InvocationResult, Platform
 from smlt_tune.backend.prices import Prices, load_prices
+from smlt_tune.backend.profiles import open_profiles
+from smlt_tune.backend.resource_manager.observations import (
+    DEFAULT_STORE,
+    Profile,
+    Workload,
+    not_counts,
+)
 from smlt_tune.backend.resource_manager.policy import (
     AllocationPolicy,
     Bounds,
     JobFacts,
-    PinnedOrDefault,
     check,
+    is_pinned,
 )
 from smlt_tune.backend.store_costs import PaidObjectStore, StoreCosts
 from smlt_tune.backend.task_scheduler import Settings, TaskScheduler
 from smlt_tune.errors import FleetClosed, InvalidInput, SmltError, StoreUnavailable
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
+from smlt_tune.runtime.features import ModelFeatures
 from smlt_tune.runtime.stores.base import ObjectStore
 from smlt_tune.runtime.stores.opening import open_object_store, open_parameter_store
 
@@ -81,12 +91,18 @@ class Fleet:
             one for the fleet.
         parameter_store_price: Row of the price list that the parameter store is charged by;
             ``"own"`` costs nothing.
+        parameter_stores: Further parameter stores that the gradients of a job may go through, by
+            name: a URL, or a URL and a row of the price list, which is charged from the first use
+            on. ``parameter_store`` is called ``"default"`` and carries everything else.
         object_store: ``file:///folder`` or ``s3://bucket/prefix``; None keeps objects in the
             fleet's folder.
         store_options: Further arguments of the object store: for S3 ``endpoint_url``,
             ``access_key``, ``secret_key``, ``region``.
         prices: Name or path of a price list.
-        policy: Chooses allocations where the user pins none.
+        policy: Chooses allocations where the user pins none; None for the resource manager, which
+            needs the extra ``smlt-tune[gp]``.
+        project: Folder in which profiles of jobs are kept for later fleets, and those of earlier
+            ones are found; None for ``path``.
         hang_timeout_s: Shortest silence of a worker that is taken for a hang, seconds. The bound
             grows with the measured time of the job's iterations.
         clock: Time.
@@ -104,10 +120,12 @@ class Fleet:
         path: str | Path | None = None,
         parameter_store: str | None = None,
         parameter_store_price: str = "own",
+        parameter_stores: Mapping[str, str | tuple[str, str]] | None = None,
         object_store: str | None = None,
         store_options: Mapping[str, str] | None = None,
         prices: str | Path = "aws-us-east-1-2026-01",
         policy: AllocationPolicy | None = None,
+        project: str | Path | None = None,
         hang_timeout_s: float = 30.0,
         clock: Clock = SYSTEM_CLOCK,
         _resume: bool = False,
@@ -127,8 +145,10 @@ class Fleet:
                 platform,
                 prices,
                 parameter_store_price,
+                parameter_stores or {},
                 self._objects_url,
                 options,
+                project or path,
                 clock,
                 resume=_resume,
             )
@@ -158,11 +178,30 @@ class Fleet:
                 deadline_s=None if deadline_s is None else now + deadline_s,
                 logs=self.path / "logs",
                 paid_requests=paid,
+                gradient_stores={name: url for name, (url, _) in parts.stores.items()},
+            )
+            self._gradients = GradientStores(
+                parts.stores,
+                self._ledger,
+                parts.prices,
+                clock,
+                lambda name: self._scheduler.users(name),
+                lambda job_id: self._scheduler.stop(job_id, "budget"),
+                stack,
+            )
+            self._policy = policy or LatePolicy(
+                partial(
+                    resource_manager,
+                    parts.platform,
+                    parts.prices,
+                    {DEFAULT_STORE: (url, parameter_store_price), **parts.stores},
+                    parts.profiles,
+                )
             )
             self._scheduler = TaskScheduler(
                 settings,
                 parts.platform,
-                policy or PinnedOrDefault(),
+                self._policy,
                 self._ledger,
                 parts.prices,
                 self._store,
@@ -171,6 +210,9 @@ class Fleet:
                 parts.history.append,
                 self._ended,
                 lambda: self._artifacts.datasets,
+                self._gradients.connections,
+                self._gradients.rent,
+                parts.keep_profile,
             )
             self._costs = StoreCosts(
                 self._ledger, parts.prices, parameter_store_price, clock, self._out_of_money
@@ -266,6 +308,10 @@ class Fleet:
         memory_mb: int | None = None,
         min_workers: int = 1,
         max_workers: int | None = None,
+        min_memory_mb: int | None = None,
+        max_memory_mb: int | None = None,
+        store: str | None = None,
+        workload: Workload | None = None,
         shards: int = 0,
         seed: int = 0,
         name: str | None = None,
@@ -280,23 +326,32 @@ class Fleet:
             memory_mb: Pins the memory of a function, MB.
             min_workers: Fewest workers to choose.
             max_workers: Most workers to choose.
+            min_memory_mb: Smallest memory to choose, MB.
+            max_memory_mb: Largest memory to choose, MB.
+            store: Pins the parameter store, by its name in the fleet.
+            workload: What the job will compute, if that is known: its first allocation then is
+                meant for it. Once it runs, the job says so itself.
             shards: Shards per synchronisation (the paper's m); 0 chooses.
             seed: Everything random in the job derives from it.
             name: Key of the job. A name that the fleet knows, from before a crash too, gives that
                 job instead of a new one.
 
         Raises:
-            InvalidInput: Lists everything that is wrong with the arguments.
+            InvalidInput: Lists everything that is wrong with the arguments; or the goal is out of
+                reach for the workload, and which one is not.
             FleetClosed: The fleet was closed.
         """
         self._check_open()
         if isinstance(name, str) and name in self._states:
             return self._job(self._states[name])
-        bounds = Bounds(workers, memory_mb, min_workers, max_workers)
+        bounds = Bounds(
+            workers, memory_mb, min_workers, max_workers, min_memory_mb, max_memory_mb, store
+        )
         wanted = Cheapest() if goal is None else goal
         job_id = self._free_name() if name is None else name
-        mistakes = _submit_mistakes(train, job_id, seed, shards)
-        mistakes += check(JobFacts(job_id, self._platform.limits, wanted, bounds))
+        mistakes = _submit_mistakes(train, job_id, seed, shards) + _workload_mistakes(workload)
+        facts = JobFacts(job_id, self._platform.limits, wanted, bounds, stores=self._store_names())
+        mistakes += check(facts)
         function = digest = ""
         with _collected(mistakes):
             function = self._artifacts.store_code(train, "the training function")
@@ -304,13 +359,18 @@ class Fleet:
             digest = self._artifacts.store_code(config, "the configuration")
         if mistakes:
             raise InvalidInput(mistakes)
+        if workload is not None:
+            workload = replace(workload, function=function)
+            self._check_goal(replace(facts, workload=workload))
+        if isinstance(self._policy, LatePolicy) and not is_pinned(facts):
+            self._policy.begin()
         with self._lock:
             self._check_open()
             if name is None:
                 job_id = self._free_name()  # another thread may have taken the one above
             elif job_id in self._states:
                 return self._job(self._states[job_id])
-            spec = JobSpec(job_id, function, digest, seed, bounds, wanted, shards)
+            spec = JobSpec(job_id, function, digest, seed, bounds, wanted, shards, workload)
             self._history.append("job", job_id, spec.to_json())
             state = self._states[job_id] = JobState(spec)
             self._queue.put(partial(self._scheduler.submit, state))
@@ -353,8 +413,10 @@ class Fleet:
             if self._freed:
                 return
             self._costs.end()
+            self._gradients.end()
             if isinstance(self._objects, PaidObjectStore):
                 self._objects.settle()
+            self._gradients.clean_up(keys.FleetKeys(self._name).prefix)
             try:
                 self._store.delete_prefix(keys.FleetKeys(self._name).prefix)
             except SmltError as error:
@@ -362,13 +424,17 @@ class Fleet:
             self._freed = True
             self._resources.close()
 
-    def _begin(self, unfinished: list[tuple[JobState, int]]) -> None:
-        for state, number in unfinished:
-            self._queue.put(partial(self._scheduler.submit, state, next_number=number))
+    def _begin(self, unfinished: list[tuple[JobState, int, float]]) -> None:
+        for state, number, elapsed_s in unfinished:
+            submit = partial(self._scheduler.submit, state, next_number=number, elapsed_s=elapsed_s)
+            self._queue.put(submit)
         self._threads = [
             threading.Thread(target=self._schedule, name="smlt-scheduler", daemon=True),
             threading.Thread(target=self._listen, name="smlt-events", daemon=True),
         ]
+        if self._gradients.connections:
+            watch = threading.Thread(target=self._watch, name="smlt-stores", daemon=True)
+            self._threads.append(watch)
         try:
             for thread in self._threads:
                 thread.start()
@@ -392,6 +458,7 @@ class Fleet:
 
     def _tick(self) -> None:
         self._costs.tick()
+        self._gradients.tick()
         self._scheduler.tick()
 
     def _guarded(self, handle: Callable[[], None]) -> None:
@@ -458,20 +525,33 @@ class Fleet:
                 after = messages[-1][0]
                 self._queue.put(partial(self._on_events, messages))
 
+    def _watch(self) -> None:
+        """A thread of its own: a store that does not answer must not delay events."""
+        while self._threads[0].is_alive():
+            for name in self._gradients.restarted():
+                self._queue.put(partial(self._scheduler.store_lost, name))
+            self._clock.sleep(READ_S)
+
     # --- history ----------------------------------------------------------------------------------
 
     def _record_entry(self, entry: Entry) -> None:
         self._history.append("ledger", entry.job, asdict(entry))
 
-    def _restore(self, events: list[HistoryEvent]) -> list[tuple[JobState, int]]:
-        """Takes over what an earlier client knew; returns the jobs that have to go on."""
+    def _restore(self, events: list[HistoryEvent]) -> list[tuple[JobState, int, float]]:
+        """Takes over what an earlier client knew.
+
+        Returns:
+            The jobs that have to go on: state, number of the next generation, age in seconds.
+        """
         numbers: dict[str, int] = {}
+        ages: dict[str, float] = {}
         for event in events:
             if event.kind == "dataset":
                 self._artifacts.restore({event.body["name"]: event.body["digest"]})
             elif event.kind == "job":
                 self._states[event.job] = JobState(JobSpec.from_json(event.body))
                 numbers[event.job] = 0
+                ages[event.job] = max(0.0, self._clock.wall() - event.at)
             elif event.kind == "generation":
                 self._states[event.job].allocations.append(AllocationRecord(**event.body))
                 numbers[event.job] = event.body["generation"] + 1
@@ -483,7 +563,7 @@ class Fleet:
                 self._states[event.job].reports.append(Report(**event.body))
             elif event.kind == "ended":
                 self._states[event.job].restore_end(event.body)
-        return [(s, numbers[name]) for name, s in self._states.items() if not s.over]
+        return [(s, numbers[name], ages[name]) for name, s in self._states.items() if not s.over]
 
     # --- small things -----------------------------------------------------------------------------
 
@@ -492,6 +572,26 @@ class Fleet:
         while f"job-{number:04d}" in self._states:
             number += 1
         return f"job-{number:04d}"
+
+    def _store_names(self) -> tuple[str, ...]:
+        return (DEFAULT_STORE, *self._gradients.urls)
+
+    def _check_goal(self, facts: JobFacts) -> None:
+        """Refuses a goal that no allocation can reach, before anything is spent on it."""
+        if facts.workload is None or facts.goal in (Cheapest(), Fastest()):
+            return
+        able = planner(self._policy)
+        if able is None:
+            return
+        plan = able.plan(
+            replace(
+                facts,
+                iterations_left=facts.workload.iterations,
+                functions=self._platform.limits.functions,
+            )
+        )
+        if not plan.feasible:
+            raise InvalidInput(plan.notes)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -530,6 +630,9 @@ class _Parts:
     objects: ObjectStore
     history: History
     known: list[HistoryEvent]
+    stores: dict[str, tuple[str, str]]
+    profiles: list[Profile]
+    keep_profile: Callable[[Profile], None] | None
 
     @classmethod
     def open(
@@ -540,14 +643,16 @@ class _Parts:
         platform: str | Platform,
         prices: str | Path,
         price_row: str,
+        stores: Mapping[str, str | tuple[str, str]],
         objects_url: str,
         options: dict[str, str],
+        project: str | Path | None,
         clock: Clock,
         *,
         resume: bool,
     ) -> Self:
         """Opens everything, or raises one InvalidInput that lists all mistakes."""
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"profiles": [], "keep_profile": None}
         with _collected(mistakes):
             found["prices"] = load_prices(prices)
             found["prices"].parameter_store_usd(price_row, 1.0)
@@ -555,6 +660,11 @@ class _Parts:
             found["platform"] = open_platform(platform)
             if isinstance(platform, str):
                 stack.callback(found["platform"].close)
+        with _collected(mistakes):
+            found["stores"] = read_given(stores, found.get("prices"))
+        if project is not None and "platform" in found:
+            with _collected(mistakes):
+                found |= _open_project(project, found["platform"].fingerprint, stack)
         with _collected(mistakes):
             found["objects"] = open_object_store(objects_url, options)
         with _collected(mistakes):
@@ -568,6 +678,15 @@ class _Parts:
         if mistakes:
             raise InvalidInput(mistakes)
         return cls(**found)
+
+
+def _open_project(folder: str | Path, fingerprint: str, stack: ExitStack) -> dict[str, Any]:
+    """What earlier jobs of the project have measured, and where to keep what these will."""
+    store, profiles = open_profiles(folder, fingerprint)
+    if store is None:
+        return {}
+    stack.callback(store.close)
+    return {"profiles": profiles, "keep_profile": partial(store.add, fingerprint=fingerprint)}
 
 
 @contextmanager
@@ -604,6 +723,20 @@ def _number_mistakes(**numbers: float | None) -> list[str]:
             kind = "at least 0" if name == "budget_usd" else "above 0"
             mistakes.append(f"{name} must be a number {kind}, or None, not {value!r}")
     return mistakes
+
+
+def _workload_mistakes(workload: object) -> list[str]:
+    if workload is None:
+        return []
+    if not isinstance(workload, Workload) or not isinstance(workload.features, ModelFeatures):
+        return [f"workload must be a Workload with ModelFeatures, not {workload!r}"]
+    given: dict[str, object] = {
+        "workload.batch": workload.batch,
+        "workload.features.parameters": workload.features.parameters,
+    }
+    if workload.iterations is not None:
+        given["workload.iterations"] = workload.iterations
+    return not_counts(given)
 
 
 def _submit_mistakes(train: object, job_id: object, seed: object, shards: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the stores cost a fleet: the parameter store by the hour, the object store by request."""
+"""What the stores cost a fleet: parameter stores by the hour, the object store by request."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from smlt_tune.backend.ledger import Ledger
 from smlt_tune.backend.prices import Prices
+from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE
 from smlt_tune.errors import BudgetExhausted
 from smlt_tune.runtime.clock import Clock
 from smlt_tune.runtime.stores.base import Buffer, ObjectStore
@@ -15,7 +16,7 @@ BLOCK_REQUESTS = 100
 
 
 class StoreCosts:
-    """Keeps the running billing step of the parameter store reserved, and settles it at its end.
+    """Keeps the running billing step of a parameter store reserved, and settles it at its end.
 
     Args:
         ledger: Of the fleet.
@@ -23,6 +24,8 @@ class StoreCosts:
         row: Of the price list.
         clock: Time.
         out_of_money: Called when the next step cannot be reserved: the store will be given back.
+        name: Of the store in the fleet.
+        needed: Whether anybody uses the store; if not, it is given back at the end of a step.
     """
 
     def __init__(
@@ -32,7 +35,12 @@ class StoreCosts:
         row: str,
         clock: Clock,
         out_of_money: Callable[[], None],
+        *,
+        name: str = DEFAULT_STORE,
+        needed: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._entry = "parameter-store" if name == DEFAULT_STORE else f"parameter-store-{name}"
+        self._needed = needed
         self._ledger = ledger
         self._clock = clock
         self._row = row
@@ -44,13 +52,14 @@ class StoreCosts:
         self._given_back = False
 
     def begin(self) -> None:
-        """Reserves the first step.
+        """Reserves the first step. Does nothing while one is running.
 
         Raises:
             BudgetExhausted: The budget does not cover it.
         """
-        if self._step_usd:
+        if self._step_usd and self._open is None:
             self._reserve(self._clock.monotonic())
+            self._given_back = False
 
     def tick(self) -> None:
         """Time has passed: a step that is over is settled, the next one reserved ahead of it."""
@@ -59,6 +68,8 @@ class StoreCosts:
         if self._open is None or self._clock.monotonic() < self._ends_s:
             return
         self.end()
+        if not self._needed():
+            return
         try:
             self._reserve(self._ends_s)
         except BudgetExhausted:
@@ -72,8 +83,8 @@ class StoreCosts:
             self._open = None
 
     def _reserve(self, begins_s: float) -> None:
-        number = sum(e.entry_id.startswith("parameter-store.") for e in self._ledger.entries())
-        name = f"parameter-store.{number}"
+        number = sum(e.entry_id.startswith(f"{self._entry}.") for e in self._ledger.entries())
+        name = f"{self._entry}.{number}"
         what = f"the parameter store ({self._row}) for {self._step_s / 3600.0:g} h"
         self._ledger.reserve(name, "", self._step_usd, what)
         self._open, self._ends_s = name, begins_s + self._step_s

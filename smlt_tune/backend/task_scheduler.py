@@ -144,7 +144,9 @@ class TaskScheduler:
     ) -> None:
         self._settings = settings
         self._platform = platform
-        self._adaptation = Adaptation(policy, settings.fleet, clock, record, on_profile)
+        self._adaptation = Adaptation(
+            policy, settings.fleet, clock, record, on_profile, only_store=not gradient_stores
+        )
         self._leases = Leases(platform, prices, ledger, paid_requests=settings.paid_requests)
         self._ledger = ledger
         self._prices = prices
@@ -226,6 +228,15 @@ class TaskScheduler:
                     elapsed = min(now - call.alive_s, call.timeout_s)
                     running += self._prices.invocation_usd(call.memory_mb, elapsed)
         return self._ledger.job_usd(job_id) + running
+
+    def users(self, store: str) -> list[str]:
+        """Jobs whose gradients go through a parameter store, or are about to."""
+        return [
+            job.job_id
+            for job in self._active.values()
+            if (job.plan and job.plan.allocation.store == store)
+            or any(g.allocation.store == store for g in job.generations)
+        ]
 
     @property
     def idle(self) -> bool:
@@ -621,6 +632,7 @@ class TaskScheduler:
             if job.plan is not plan:
                 continue  # starting another job has shown that none can go on
             if plan.allocation.workers > self._free_functions():
+                self._adaptation.shares_changed()
                 return  # nobody overtakes, or a large job would wait for ever
             try:
                 self._launch(job, plan)
@@ -801,7 +813,7 @@ class TaskScheduler:
             return
         if job.resize_to is None and ending:
             decision = None
-            if self._adaptation.may_review():
+            if self._adaptation.may_review(job):
                 decision = self._adaptation.review(job, self._facts(job), "time limit")
             job.resize_to = decision or Decision(current.allocation, "")
         if job.resize_to is None:
@@ -820,7 +832,7 @@ class TaskScheduler:
 
     def _review(self) -> None:
         """Looks at one job's allocation again, if there is an occasion."""
-        found = self._adaptation.next_review(self._active)
+        found = self._adaptation.next_review(self._active, self._shares)
         if found is not None:
             job, occasion = found
             job.resize_to = self._adaptation.review(job, self._facts(job), occasion)
@@ -909,7 +921,7 @@ class TaskScheduler:
 
     def _conclude(self, job: Record) -> None:
         del self._active[job.job_id]
-        self._adaptation.functions_freed()
+        self._adaptation.shares_changed()
         newest = self._tidy(job)
         reports = tuple(job.state.reports)
         outcome = JobOutcome(
@@ -975,25 +987,29 @@ class TaskScheduler:
             other_share=job.other_share,
             elapsed_s=self._clock.monotonic() - job.submitted_s,
             spent_usd=self.cost_usd(job.job_id),
-            functions=self._granted(job),
+            functions=self._shares()(job),
             start_s=self._ready_s,
             store_load=self._store_load(job),
             stores=(DEFAULT_STORE, *self._gradient_stores),
         )
 
-    def _granted(self, job: Record) -> int:
-        """How many functions a job may take.
+    def _shares(self) -> Callable[[Record], int]:
+        """How many functions each job may take: its fair share, or all that nobody uses.
 
-        Its fair share, or all that nobody uses. While other jobs wait for functions, its fair share
-        only: a review then makes it give back what exceeds that.
+        While others wait for functions, its fair share only: a review may make it give back what
+        exceeds that.
         """
-        most = self._platform.limits.functions
+        most, free = self._platform.limits.functions, max(0, self._free_functions())
         fair = max(1, most // max(1, len(self._active)))
-        waiting = any(j.plan and not j.generations for j in self._active.values() if j is not job)
-        if waiting:
-            return fair
-        own = max((g.allocation.workers for g in job.generations if not g.closed), default=0)
-        return min(most, max(fair, own + max(0, self._free_functions())))
+        waiting = [j for j in self._active.values() if j.plan and not j.generations]
+
+        def share(job: Record) -> int:
+            if len(waiting) > 1 or (waiting and waiting[0] is not job):
+                return fair
+            own = max((g.allocation.workers for g in job.generations if not g.closed), default=0)
+            return min(most, max(fair, own + free))
+
+        return share
 
     def _store_load(self, job: Record) -> dict[str, float]:
         """What the other jobs move through each store, bytes per second.

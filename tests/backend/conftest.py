@@ -4,6 +4,7 @@ import pytest
 
 import smlt_tune as smlt
 from smlt_tune.backend.platforms.local import LocalPlatform
+from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +16,5 @@ def platform():
 
 @pytest.fixture
 def fleet(platform):
-    with smlt.Fleet(platform=platform) as fleet:
+    with smlt.Fleet(policy=PinnedOrDefault(), platform=platform) as fleet:
         yield fleet

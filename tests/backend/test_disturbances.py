@@ -10,12 +10,13 @@ import pytest
 
 import smlt_tune as smlt
 from smlt_tune.backend.platforms.local import LocalPlatform
+from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
 from tests import jobs
 
 
 @pytest.fixture(scope="module")
 def undisturbed(platform):
-    with smlt.Fleet(platform=platform) as fleet:
+    with smlt.Fleet(policy=PinnedOrDefault(), platform=platform) as fleet:
         quick = {"epochs": 4, "pause": 0}
         running = {n: fleet.submit(jobs.train, quick, workers=n) for n in (1, 2, 3, 4)}
         return {n: job.result(120) for n, job in running.items()}
@@ -43,7 +44,7 @@ def test_the_bits_and_the_reports_are_those_of_an_undisturbed_run(tmp_path, undi
             time_limit_s=chance.choice([900.0, 2.0, 3.0]),
             duplicates=seed >= 4,
         ) as platform,
-        smlt.Fleet(platform=platform, hang_timeout_s=5) as fleet,
+        smlt.Fleet(policy=PinnedOrDefault(), platform=platform, hang_timeout_s=5) as fleet,
     ):
         config = {"epochs": 4, "pause": 0.05, "notes": str(tmp_path)}
         job = fleet.submit(jobs.train, config, workers=workers)

@@ -11,6 +11,7 @@ import pytest
 import smlt_tune as smlt
 from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.backend.platforms.local import LocalPlatform
+from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
 from tests import jobs
 from tests.contracts.faulty_s3 import faulty_s3
 
@@ -42,7 +43,7 @@ def wait_for_notes(folder, count):
 @pytest.fixture(scope="module")
 def undisturbed(platform, tmp_path_factory):
     """Outcomes of undisturbed jobs by number of workers."""
-    with smlt.Fleet(platform=platform) as fleet:
+    with smlt.Fleet(policy=PinnedOrDefault(), platform=platform) as fleet:
         running = {}
         for n in (1, 2, 3, 4):
             folder = tmp_path_factory.mktemp(f"undisturbed{n}")
@@ -83,7 +84,7 @@ def test_five_kills_at_random_moments_leave_the_bits_as_they_are(
 def test_a_time_limit_of_seconds_leaves_the_bits_as_they_are(tmp_path, undisturbed, workers):
     short = LocalPlatform(concurrency=8, cores_per_vcpu=0.4, time_limit_s=2.0)
     try:
-        with smlt.Fleet(platform=short) as fleet:
+        with smlt.Fleet(policy=PinnedOrDefault(), platform=short) as fleet:
             slow = config(tmp_path, pause=0.2)
             outcome = fleet.submit(jobs.train, slow, workers=workers).result(150)
     finally:
@@ -98,7 +99,7 @@ def test_a_time_limit_of_seconds_leaves_the_bits_as_they_are(tmp_path, undisturb
 def test_double_delivery_of_everything_leaves_the_bits_as_they_are(tmp_path, undisturbed, workers):
     double = LocalPlatform(concurrency=8, cores_per_vcpu=0.3, duplicates=True)
     try:
-        with smlt.Fleet(platform=double) as fleet:
+        with smlt.Fleet(policy=PinnedOrDefault(), platform=double) as fleet:
             outcome = fleet.submit(jobs.train, config(tmp_path), workers=workers).result(120)
             assert fleet.reserved_usd == 0
     finally:
@@ -183,7 +184,7 @@ def test_a_parameter_store_that_is_killed_and_comes_back_empty(
 ):
     with (
         EmbeddedStore() as store,
-        smlt.Fleet(platform=platform, parameter_store=store.url) as fleet,
+        smlt.Fleet(policy=PinnedOrDefault(), platform=platform, parameter_store=store.url) as fleet,
     ):
         job = fleet.submit(jobs.train, config(tmp_path), workers=workers)
         wait_for_notes(tmp_path, 12 * workers)
@@ -198,7 +199,10 @@ def test_an_object_store_that_fails_now_and_then(platform, tmp_path, undisturbed
     with faulty_s3() as server:
         options = {"endpoint_url": server.url, "access_key": "id", "secret_key": "secret"}
         with smlt.Fleet(
-            platform=platform, object_store="s3://bucket/jobs", store_options=options
+            policy=PinnedOrDefault(),
+            platform=platform,
+            object_store="s3://bucket/jobs",
+            store_options=options,
         ) as fleet:
             server.faults += [fault, "", fault, fault, "", fault] * 5
             job = fleet.submit(jobs.train, config(tmp_path), workers=2)
@@ -207,7 +211,7 @@ def test_an_object_store_that_fails_now_and_then(platform, tmp_path, undisturbed
 
 
 def test_a_worker_that_hangs_is_replaced(platform, tmp_path, undisturbed):
-    with smlt.Fleet(platform=platform, hang_timeout_s=1.0) as fleet:
+    with smlt.Fleet(policy=PinnedOrDefault(), platform=platform, hang_timeout_s=1.0) as fleet:
         job = fleet.submit(jobs.train, config(tmp_path), workers=2)
         wait_for_notes(tmp_path, 20)
         victim = jobs.pids(tmp_path)[0]

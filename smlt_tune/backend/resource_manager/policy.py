@@ -114,7 +114,11 @@ class Plans(Protocol):
     """A policy that can say what a job will take before it costs anything."""
 
     def plan(self, facts: JobFacts) -> Plan:
-        """What it would choose, what else there is, and whether the goal can be kept."""
+        """What it would choose, what else there is, and whether the goal can be kept.
+
+        Args:
+            facts: With a workload.
+        """
 
 
 class PinnedOrDefault:
@@ -150,6 +154,13 @@ class PinnedOrDefault:
 
     def review(self, facts: JobFacts) -> Decision | None:  # noqa: D102
         return None
+
+
+def is_pinned(facts: JobFacts) -> bool:
+    """Whether nothing is left to choose."""
+    bounds = facts.bounds
+    only_store = bounds.store is not None or len(facts.stores) == 1
+    return bounds.workers is not None and bounds.memory_mb is not None and only_store
 
 
 def most_workers(facts: JobFacts) -> int:

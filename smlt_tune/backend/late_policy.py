@@ -1,0 +1,130 @@
+"""The allocation policy of a fleet that was given none: made in the background, once needed."""
+
+import importlib.util
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+
+from smlt_tune.backend.platforms.base import Platform
+from smlt_tune.backend.prices import Prices
+from smlt_tune.backend.resource_manager.observations import Decision, Profile
+from smlt_tune.backend.resource_manager.policy import (
+    AllocationPolicy,
+    JobFacts,
+    PinnedOrDefault,
+    Plans,
+    is_pinned,
+)
+
+_LOG = logging.getLogger(__name__)
+
+
+class LatePolicy:
+    """Stands for a policy that takes seconds to make, because of what it imports.
+
+    Whoever leaves something open waits for it; jobs with nothing left to choose never do. May be
+    used from several threads.
+
+    Args:
+        make: Makes the policy, in a thread of its own.
+    """
+
+    def __init__(self, make: Callable[[], AllocationPolicy]) -> None:
+        self._make = make
+        self._made: Future[AllocationPolicy] | None = None
+        self._observed: list[Profile] = []
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Starts making it, if nobody has. Returns without waiting."""
+        self._begun()
+
+    def observe(self, profile: Profile) -> None:  # noqa: D102 - the contract is the protocol's
+        with self._lock:
+            made = self._made
+            if made is None or not made.done():
+                self._observed.append(profile)
+                return
+        made.result().observe(profile)
+
+    def first(self, facts: JobFacts) -> Decision:  # noqa: D102
+        return self._for(facts).first(facts)
+
+    def after_out_of_memory(  # noqa: D102
+        self, facts: JobFacts, peak_mb: float
+    ) -> Decision | None:
+        return self._for(facts).after_out_of_memory(facts, peak_mb)
+
+    def review(self, facts: JobFacts) -> Decision | None:  # noqa: D102
+        return self._for(facts).review(facts)
+
+    def made(self) -> AllocationPolicy:
+        """The policy that this stands for, once it is made."""
+        return self._begun().result()
+
+    def _for(self, facts: JobFacts) -> AllocationPolicy:
+        return PinnedOrDefault() if is_pinned(facts) else self.made()
+
+    def _begun(self) -> "Future[AllocationPolicy]":
+        with self._lock:
+            if self._made is None:
+                self._made = Future()
+                # No daemon: the interpreter must not end in the middle of an import of C++ code.
+                threading.Thread(
+                    target=self._run, args=(self._made,), name="smlt-policy", daemon=False
+                ).start()
+            return self._made
+
+    def _run(self, made: "Future[AllocationPolicy]") -> None:
+        try:
+            policy = self._make()
+        except Exception:  # noqa: BLE001 - jobs wait for it
+            _LOG.exception("the resource manager cannot be used; sizes are pinned or the default")
+            policy = PinnedOrDefault()
+        with self._lock:
+            for profile in self._observed:
+                policy.observe(profile)
+            made.set_result(policy)
+
+
+def planner(policy: AllocationPolicy) -> Plans | None:
+    """The policy, or the one that it stands for, if it can plan."""
+    made = policy.made() if isinstance(policy, LatePolicy) else policy
+    return made if isinstance(made, Plans) else None
+
+
+def resource_manager(
+    platform: Platform,
+    prices: Prices,
+    stores: Mapping[str, tuple[str, str]],
+    profiles: Iterable[Profile],
+) -> AllocationPolicy:
+    """The resource manager, or the simplest policy where what it needs is not installed.
+
+    Args:
+        platform: Where functions run.
+        prices: What things cost.
+        stores: URL and row of the price list of each parameter store, by name.
+        profiles: What is known from earlier fleets.
+    """
+    if importlib.util.find_spec("gpytorch") is None:
+        _LOG.warning(
+            "sizes of jobs are not optimised, because gpytorch is not installed: "
+            "pip install 'smlt-tune[gp]'"
+        )
+        return PinnedOrDefault()
+    importlib.import_module("gpytorch")  # here, and not while a decision waits
+    from smlt_tune.backend.platform_tables import platform_table
+    from smlt_tune.backend.resource_manager.manager import ResourceManager
+
+    table = platform_table(platform)
+    known = {}
+    for name, (url, row) in stores.items():
+        scheme = url.partition("://")[0]
+        hour_usd = float(prices.parameter_stores[row].hour_usd)
+        known[name] = replace(
+            table.stores.get(scheme, table.stores["redis"]), usd_per_hour=hour_usd
+        )
+    return ResourceManager(table, known, prices, profiles)
