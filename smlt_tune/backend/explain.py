@@ -72,6 +72,7 @@ class Step:
         reason: Why, in one line.
         generations: Numbers of the generations that were started because of it.
         decided: Whether the resource manager decided it.
+        occasion: Why it was asked, in a word or two.
         own: Profiles of the job itself that were used; None if that was not recorded.
         siblings: Profiles of siblings that were used; None if that was not recorded.
         predicted: What was expected.
@@ -87,6 +88,7 @@ class Step:
     reason: str
     generations: tuple[int, ...] = ()
     decided: bool = True
+    occasion: str = ""
     own: int | None = None
     siblings: int | None = None
     predicted: Predicted = Predicted()
@@ -182,6 +184,7 @@ class _Open:
     reason: str
     evidence: Mapping[str, Any]
     decided: bool
+    occasion: str = ""
     generations: list[int] = field(default_factory=list)
     profiles: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -212,7 +215,8 @@ class _Steps:
         if allocation is not None:
             time_s, reason = _number(body.get("time_s")) or 0.0, str(body.get("reason", ""))
             decided = evidence is not None
-            self._found.append(_Open(time_s, allocation, reason, evidence or {}, decided))
+            occasion = str(body.get("occasion") or "")
+            self._found.append(_Open(time_s, allocation, reason, evidence or {}, decided, occasion))
 
     def _generation(self, body: Mapping[str, Any]) -> None:
         """It carries out the decision before it, or stands for itself."""
@@ -247,7 +251,9 @@ class _Steps:
 def _step(step: _Open, before: Allocation | None, happened: Happened) -> Step:
     evidence = step.evidence
     own, siblings = evidence.get("own"), evidence.get("siblings")
-    alternatives = (_alternative(one) for one in _list(evidence.get("alternatives")))
+    # Where nobody knew the length of the job, times to its end were assumed for comparison only.
+    whole = evidence.get("length_known") is not False
+    alternatives = (_alternative(one, whole) for one in _list(evidence.get("alternatives")))
     return Step(
         step.time_s,
         step.allocation,
@@ -255,9 +261,10 @@ def _step(step: _Open, before: Allocation | None, happened: Happened) -> Step:
         step.reason,
         tuple(step.generations),
         step.decided,
+        step.occasion,
         own if isinstance(own, int) else None,
         siblings if isinstance(siblings, int) else None,
-        _predicted(evidence.get("prediction")),
+        _predicted(evidence.get("prediction"), whole),
         tuple(one for one in alternatives if one is not None),
         _number(evidence.get("gain")),
         str(evidence.get("goal") or ""),
@@ -292,21 +299,23 @@ def _allocation(body: object) -> Allocation | None:
         return None
 
 
-def _predicted(body: object) -> Predicted:
+def _predicted(body: object, whole: bool) -> Predicted:
     if not isinstance(body, Mapping):
         return Predicted()
     return Predicted(
         _interval(body.get("iteration_s")),
-        _interval(body.get("time_s")),
-        _interval(body.get("cost_usd")),
+        _interval(body.get("time_s")) if whole else None,
+        _interval(body.get("cost_usd")) if whole else None,
         _number(body.get("fits")),
     )
 
 
-def _alternative(body: object) -> Alternative | None:
+def _alternative(body: object, whole: bool) -> Alternative | None:
     allocation = _allocation(body)
     if allocation is None or not isinstance(body, Mapping):
         return None
+    if not whole:
+        return Alternative(allocation)
     return Alternative(allocation, _middle(body.get("time_s")), _middle(body.get("cost_usd")))
 
 

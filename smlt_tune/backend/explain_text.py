@@ -50,6 +50,8 @@ def _step(step: Step) -> Iterator[str]:
 
 def _details(step: Step) -> Iterator[tuple[str, str]]:
     yield "reason", step.reason or "not recorded"
+    if step.occasion:
+        yield "occasion", step.occasion
     if step.goal:
         yield "goal", step.goal
     if step.own is not None or step.siblings is not None:

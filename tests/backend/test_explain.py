@@ -44,6 +44,7 @@ def decision(allocation, reason, time_s, **evidence):
     return {
         "allocation": allocation,
         "reason": reason,
+        "occasion": "workload" if evidence else "first",
         "time_s": time_s,
         "evidence": EVIDENCE | evidence,
     }
@@ -88,6 +89,7 @@ def test_every_decision_is_told_with_what_was_expected_and_what_happened(fleet):
 
     assert (first.before, first.allocation) == (None, Allocation(2, 1769))
     assert (first.own, first.siblings, first.gain) == (0, 12, None)
+    assert (first.occasion, second.occasion) == ("first", "workload")
     assert first.goal == "cheapest within 5:00"
     assert first.predicted.time_s == Interval(40.0, 48.0, 62.0)
     assert first.predicted.fits == 0.99
@@ -123,6 +125,14 @@ def test_running_out_of_memory_is_told(fleet):
     assert step.happened.out_of_memory
     assert step.happened.peak_mb == 1769.0
     assert step.happened.iteration_s is None
+
+
+def test_times_that_were_assumed_for_a_job_of_unknown_length_are_not_told(fleet):
+    events = [("job", "a", {}), ("decision", "a", decision(SMALL, "", 0.0, length_known=False))]
+    (step,) = explain(read_history(fleet(events)), "a").steps
+    assert (step.predicted.time_s, step.predicted.cost_usd) == (None, None)
+    assert step.predicted.iteration_s == Interval(0.025, 0.029, 0.034)
+    assert {(one.time_s, one.cost_usd) for one in step.alternatives} == {(None, None)}
 
 
 @pytest.mark.parametrize(

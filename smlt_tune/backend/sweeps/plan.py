@@ -213,10 +213,20 @@ def _summary(sweep: Sweep, samples: tuple[Sample, ...], limits: PlatformLimits) 
     feasible = not notes
     if sweep.pruner.name != "none":
         notes.append("trials that the pruner ends early take less than this")
-    told = [f"{sample.name}: {note}" for sample in samples for note in sample.job.plan.notes]
-    return SweepPlan(
-        samples, chosen, front, affordable, in_time, feasible, (*notes, *dict.fromkeys(told))
-    )
+    notes += _notes_of(samples)
+    return SweepPlan(samples, chosen, front, affordable, in_time, feasible, tuple(notes))
+
+
+def _notes_of(samples: Sequence[Sample]) -> list[str]:
+    """What is to be known of single configurations; of which, unless of all."""
+    names: dict[str, list[str]] = {}
+    for sample in samples:
+        for note in sample.job.plan.notes:
+            names.setdefault(note, []).append(sample.name)
+    return [
+        note if len(of) == len(samples) else f"{', '.join(of)}: {note}"
+        for note, of in names.items()
+    ]
 
 
 def outcome(jobs: Sequence[Prediction], sweep: Sweep, limits: PlatformLimits) -> Outcome:
