@@ -40,8 +40,10 @@ from smlt_tune.runtime.data import (
 )
 from smlt_tune.runtime.frameworks.base import Framework, read_meta
 from smlt_tune.runtime.handover import CannotGive, Leave, Membership
+from smlt_tune.runtime.pace import Pace
 from smlt_tune.runtime.position import NO_EPOCH, Position, entropy, part
 from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
+from smlt_tune.runtime.workload import BatchSize, Course, WorkloadTeller
 
 #: A worker whose time limit is nearer than this (plus a few iterations) asks for a hand-over, s.
 TIME_LIMIT_MARGIN_S = 0.5
@@ -69,23 +71,6 @@ class Home:
     object_store: ObjectStore
     started_s: float | None = None
     gradient_store: ParameterStore | None = None
-
-
-@dataclass
-class _Pace:
-    """How fast a session goes, and when it has last done what it does now and then."""
-
-    started_s: float
-    slowest_s: float = 0.0
-    sync_s: float = 0.0
-    iterations: int = 0
-    checkpoint_cost_s: float = 0.0
-    between_boundaries_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.last_boundary_s = self.started_s
-        self.last_progress_s = self.last_tick_s = self.started_s
-        self.last_checkpoint_s = self.last_asked_s = self.started_s
 
 
 def session() -> "Session":
@@ -144,11 +129,12 @@ class Session:
         self._dirty = False
         self._shadowed = False
         self._calm = 0
-        self._syncs = 0
-        self._boundary_syncs = 0
+        self._syncs = self._boundary_syncs = 0
         self._reports: dict[str, dict[str, Any]] = {}
         self._boundary_reports = 0
-        self._pace = _Pace(clock.monotonic())
+        # How fast it goes, how far it has to go, and what it computes.
+        self._pace, self._course = Pace(clock.monotonic()), Course()
+        self._workload = WorkloadTeller(self._tell_workload if home and not self._rank else None)
         if home:
             self._checkpoints = Checkpoints(home.object_store, home.spec.job)
             self._membership = Membership(
@@ -229,6 +215,7 @@ class Session:
             raise InvalidInput(f"epochs() needs a whole number of at least 0, got {count!r}")
         self._begin()
         base, after = self._epoch_base, self._epoch_base + count
+        self._course.begin_epochs(base, count)
         finished = False
         try:
             for epoch in range(max(0, self._resume.epoch - base), count):
@@ -249,7 +236,7 @@ class Session:
     def batches(
         self,
         dataset: Any,
-        batch_size: int | Callable[[int], int],
+        batch_size: BatchSize,
         *,
         shuffle: bool = True,
         drop_last: bool = False,
@@ -296,7 +283,7 @@ class Session:
             )
         native = self._objects.as_native if self._objects else lambda array: array
         fetch = minibatch_buffer(dataset, native)
-        return self._nested(data, fetch) if self._inside else self._loop(data, fetch)
+        return self._nested(data, fetch) if self._inside else self._loop(data, fetch, batch_size)
 
     def report(self, **metrics: Any) -> None:
         """Tells the tuner how the job is doing. Call it on every worker; rank 0's values count.
@@ -380,7 +367,9 @@ class Session:
 
     # --- where the program is -----------------------------------------------------------------
 
-    def _loop(self, data: DataIterator, fetch: Callable[[Any], Any]) -> Iterator[Any]:
+    def _loop(
+        self, data: DataIterator, fetch: Callable[[Any], Any], batch_size: BatchSize
+    ) -> Iterator[Any]:
         if self._inside:
             raise UsageError(
                 "two loops over batches() go on at the same time; to draw from two data sets in "
@@ -388,9 +377,11 @@ class Session:
             )
         epoch, number = self._place.epoch, self._place.loop + 1
         data = replace(data, epoch=epoch, loop=number)
-        first = self._first_iteration(data)
+        first = done = self._first_iteration(data)
         self._move(Position(epoch, number, first), inside=True)
-        self._pace.last_boundary_s = self._clock.monotonic()
+        if (epoch, number) in self._trained or self._course.trains(data):
+            self._note_workload(data, batch_size)
+        self._pace.loop_begins(self._clock.monotonic())
         finished = False
         try:
             for batch in data.minibatches(first):
@@ -399,21 +390,42 @@ class Session:
                 if self._objects and self._workers > 1:
                     self._objects.watch()
                 yield from self._minibatch(batch, fetch)
-                if self._synced:
-                    self._note_training(epoch, number)
-                if self._synced and self._has_stepped():
-                    self._note_pace()
-                    self._reach_boundary(Position(epoch, number, batch.iteration + 1))
-                self._tick()
+                done = batch.iteration + 1
+                self._iterated(data, batch, batch_size)
             finished = True
         finally:  # also when the user breaks out of the loop
             self._batch = None
             if self._synced and not finished:
                 self._note_training(epoch, number)
-            if (epoch, number) in self._trained and not finished and self._arrived:
-                self._set_boundary(Position(epoch, number, len(data)))
+            if (epoch, number) in self._trained:
+                self._course.ended(data, done + self._synced)
+                if not finished and self._arrived:
+                    self._set_boundary(Position(epoch, number, len(data)))
             self._move(Position(epoch, number, len(data)), inside=False)
             self._seed_generators("after")
+
+    def _iterated(self, data: DataIterator, batch: Minibatch, batch_size: BatchSize) -> None:
+        """An iteration of a loop that is not nested has ended."""
+        here = (data.epoch, data.loop)
+        self._course.position = Position(*here, batch.iteration + 1)
+        if self._synced:
+            self._note_training(*here)
+        if here in self._trained:
+            whole = batch.total == min(data.batch_size, data.size)
+            self._pace.trained(self._clock.monotonic(), whole=whole)
+            if not self._course.trains(data):
+                self._note_workload(data, batch_size)
+        if self._synced and self._has_stepped():
+            self._pace.reached_boundary(self._clock.monotonic())
+            self._reach_boundary(self._course.position)
+        self._tick()
+
+    def _note_workload(self, data: DataIterator, batch_size: BatchSize) -> None:
+        """Of a loop that trains: at its beginning, or as soon as it is known to train."""
+        self._course.note(data, batch_size)
+        batch = min(data.batch_size, data.size)
+        if self._workload.tell(self._objects, batch, self._course.total()):
+            self._pace.forget_chunk()
 
     def _first_iteration(self, data: DataIterator) -> int:
         """Where a loop begins: what has trained before the program was interrupted is skipped."""
@@ -430,6 +442,7 @@ class Session:
         """A loop inside an iteration of another: evaluation in mid-epoch."""
         outer, syncs = (self._batch, self._everyone, self._within), self._syncs
         nest = f"{self._within}n{self._count('nested')}"
+        begun_s = self._clock.monotonic()
         try:
             for batch in data.minibatches():
                 # Places of their own: not every worker has a sample in every batch.
@@ -440,6 +453,7 @@ class Session:
                 self._tick()
         finally:
             self._batch, self._everyone, self._within = outer
+            self._pace.put_aside(self._clock.monotonic() - begun_s)
             self._seed_generators("after", nest)
 
     def _minibatch(
@@ -455,7 +469,14 @@ class Session:
         # Without a sample of its own a worker still takes part in training, not in evaluation.
         self._everyone = not nested and self._may_train(batch)
         if batch.samples or self._everyone:
-            yield fetch(batch.indices)
+            content = fetch(batch.indices)
+            meter = self._workload.meter(self._objects, content) if self._everyone else None
+            if meter is None:
+                yield content
+            else:
+                with meter:
+                    yield content
+                self._workload.measured(meter, len(batch.indices))
         self._batch = None
 
     def _may_train(self, batch: Minibatch) -> bool:
@@ -478,6 +499,7 @@ class Session:
             self._trained.append((epoch, loop))
 
     def _begin_epoch(self, number: int, user_epoch: int) -> None:
+        self._pace.epoch_begins(self._clock.monotonic(), whole=self._resume <= Position(number))
         self._move_to_epoch(number, user_epoch)
         if self._resume == self._place:
             self._arrive()
@@ -492,6 +514,7 @@ class Session:
 
     def _move(self, position: Position, *, inside: bool) -> None:
         self._place, self._inside, self._within = position, inside, ""
+        self._course.position = position
         self._counts = {}
 
     def _next_place(self, what: str) -> str:
@@ -608,12 +631,7 @@ class Session:
     def _waiting(self, collective: Callable[[], Any]) -> Any:
         begun = self._clock.monotonic()
         result = collective()
-        now = self._clock.monotonic()
-        self._pace.sync_s += now - begun
-        self._pace.last_boundary_s += now - begun
-        self._pace.last_tick_s += (
-            now - begun
-        )  # waiting for others says nothing about this worker's pace
+        self._pace.waited(self._clock.monotonic() - begun)
         return result
 
     # --- hand-over ------------------------------------------------------------------------------
@@ -641,6 +659,8 @@ class Session:
         self._syncs = self._boundary_syncs = int(meta["syncs"])
         self._reports = dict(json.loads(meta["reports"]))
         self._boundary_reports = len(self._reports)
+        if per_sample := json.loads(meta["per_sample"]):
+            self._workload.per_sample = tuple(per_sample)
         untold = int(meta["untold"])
         if self._rank == 0 and untold:
             self._tell_reports(len(self._reports) - untold)
@@ -735,13 +755,11 @@ class Session:
             "syncs": str(self._boundary_syncs),
             "reports": json.dumps(list(reports.items())),
             "untold": str(untold),
+            "per_sample": json.dumps(self._workload.per_sample),
         }
         content = self._objects.save(meta, kept=kept)
         key = self._checkpoints.save(self._boundary, content)
-        cost = self._clock.monotonic() - begun
-        self._pace.checkpoint_cost_s = cost
-        self._pace.last_tick_s += cost
-        self._pace.last_boundary_s += cost
+        self._pace.saved(self._clock.monotonic() - begun)
         return key
 
     def _tell_reports(self, first: int) -> None:
@@ -771,19 +789,13 @@ class Session:
         assert self._home is not None
         return self._home.spec
 
-    def _note_pace(self) -> None:
-        """At a boundary inside a loop."""
-        now = self._clock.monotonic()
-        passed_s = now - self._pace.last_boundary_s
-        self._pace.between_boundaries_s = max(self._pace.between_boundaries_s, passed_s)
-        self._pace.last_boundary_s = now
+    def _tell_workload(self, **workload: Any) -> None:
+        self._membership.tell(wire.Workload, **workload)
 
     def _tick(self) -> None:
         """After every iteration."""
-        self._pace.iterations += 1
         now = self._clock.monotonic()
-        self._pace.slowest_s = max(self._pace.slowest_s, now - self._pace.last_tick_s)
-        self._pace.last_tick_s = now
+        self._pace.tick(now)
         if self._home is None:
             return
         silent_s = now - self._pace.last_progress_s
@@ -794,24 +806,24 @@ class Session:
             self._sign_of_life(waiting=False)
 
     def _sign_of_life(self, *, waiting: bool = True) -> None:
-        now = self._clock.monotonic()
-        self._pace.last_progress_s = now
+        self._pace.last_progress_s = self._clock.monotonic()
+        chunk, iteration_s, sync_s = self._pace.take_chunk()
         self._membership.tell(
             wire.Progress,
             position=self._place.encode(),
             iterations=self._pace.iterations,
-            chunk=0,
-            iteration_s=0.0,
-            sync_s=0.0,
-            left=None,
-            other_share=None,
+            chunk=chunk,
+            iteration_s=iteration_s,
+            sync_s=sync_s,
+            left=self._course.left(),
+            other_share=self._pace.other_share(),
             slowest_s=self._pace.slowest_s,
             batch=self._batch_size,
             peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             waiting=waiting,
         )
 
-    def _uploaded(self, name: str) -> UploadedDataset:
+    def _uploaded(self, name: str) -> Any:
         datasets = self._spec.datasets if self._home else {}
         if self._home is None or name not in datasets:
             known = ", ".join(sorted(datasets)) or "none"

@@ -83,10 +83,12 @@ class Framework(Protocol):
     def trained(self) -> tuple[int, int]:
         """How many numbers are trained, and the bytes of the vector of :meth:`gradients`."""
 
-    def measure(self, batch: Any) -> Meter | None:
-        """A meter for an iteration on a batch.
+    def measure(self, batch: Any, *, in_job: bool) -> Meter | None:
+        """A meter for an iteration.
 
-        None where it could change what the iteration computes.
+        Args:
+            batch: What it works on.
+            in_job: Its results count: None where measuring could change them.
         """
 
     def gradients(self) -> Gradients:

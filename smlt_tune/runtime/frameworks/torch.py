@@ -104,10 +104,10 @@ class TorchObjects:
     def trained(self) -> tuple[int, int]:  # noqa: D102
         return trained(self._parameters, self._floating_buffers())
 
-    def measure(self, batch: Any) -> Meter | None:  # noqa: D102
-        from smlt_tune.runtime.frameworks.torch_features import measure
+    def measure(self, batch: Any, *, in_job: bool) -> Meter | None:  # noqa: D102
+        from smlt_tune.runtime.frameworks.torch_features import meter_of
 
-        return measure(batch)
+        return meter_of(batch, in_job=in_job)
 
     def gradients(self) -> Gradients:  # noqa: D102
         touched = [n for n in sorted(self._touched) if self._parameters[n].grad is not None]

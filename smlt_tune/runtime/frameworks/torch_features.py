@@ -10,6 +10,7 @@ holds.
 import contextlib
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -82,11 +83,6 @@ class IterationMeter(dispatch.TorchDispatchMode):  # type: ignore[no-untyped-cal
         self._made: dict[int, tuple[Any, int]] = {}
 
     @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled code stays compiled: its results must not depend on being measured."""
-        return True
-
-    @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Otherwise the compiler, of some seconds and 100 MB, would be loaded for nothing."""
         return False
@@ -124,13 +120,33 @@ class IterationMeter(dispatch.TorchDispatchMode):  # type: ignore[no-untyped-cal
                 self._made[storage._cdata] = (_weak(storage), storage.nbytes())
 
 
-def measure(batch: Any) -> IterationMeter | None:
-    """A meter for an iteration of a job; None where measuring could change its results."""
+class JobMeter(IterationMeter):  # type: ignore[no-untyped-call]
+    """Measures an iteration whose results count: whatever was compiled stays compiled.
+
+    What compiled code does cannot be seen, so that nothing is known of a program that has any.
+    """
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Otherwise nothing compiled would run while this is active."""
+        return True
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        if dynamo is not None and dynamo.counters["frames"]["ok"]:
+            self.failed = True
+
+
+def meter_of(batch: Any, *, in_job: bool) -> IterationMeter | None:
+    """See :meth:`smlt_tune.runtime.frameworks.base.Framework.measure`."""
+    if not in_job:
+        return IterationMeter(batch)
     if not hasattr(dispatch.TorchDispatchMode, "ignore_compile_internals"):
         return None  # an older PyTorch runs nothing compiled under a mode
     if dispatch._get_current_dispatch_mode() is not None:
         return None  # the user measures something
-    return IterationMeter(batch)
+    return JobMeter(batch)
 
 
 def features_of(model: Any, inputs: tuple[Any, ...]) -> ModelFeatures:

@@ -1,0 +1,133 @@
+"""How fast a session goes.
+
+What the scheduler is told of it decides what the job runs on, so a time must be that of an
+undisturbed training iteration.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+
+#: Of so many training iterations the times are kept until they are told.
+CHUNK = 1000
+
+
+@dataclass
+class Pace:
+    """How fast a session goes, and when it has last done what it does now and then.
+
+    All times are in seconds, on the clock's ``monotonic``.
+
+    Attributes:
+        started_s: When the session began.
+        slowest_s: Longest time between two iterations' ends, waiting for others left out.
+        sync_s: Time spent waiting for others, so far.
+        iterations: How many there were, of any loop.
+        checkpoint_cost_s: What the last checkpoint took.
+        between_boundaries_s: Longest time between two boundaries.
+    """
+
+    started_s: float
+    slowest_s: float = 0.0
+    sync_s: float = 0.0
+    iterations: int = 0
+    checkpoint_cost_s: float = 0.0
+    between_boundaries_s: float = 0.0
+    # The training iteration that is under way.
+    _begun_s: float = 0.0
+    _begun_sync_s: float = 0.0
+    _aside_s: float = 0.0
+    _disturbed: bool = True  # the first one of an invocation always is: caches are cold
+    # (time, part in synchronisation) of those since the last word.
+    _chunk: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=CHUNK))
+    # Of the present epoch, if it was seen from its beginning, and of all such epochs.
+    _epoch_s: float | None = None
+    _inside_s: float = 0.0
+    _all_inside_s: float = 0.0
+    _all_outside_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.last_boundary_s = self.started_s
+        self.last_progress_s = self.last_tick_s = self.started_s
+        self.last_checkpoint_s = self.last_asked_s = self.started_s
+
+    def waited(self, seconds: float) -> None:
+        """For others: that says nothing about this worker's pace."""
+        self.sync_s += seconds
+        self.last_boundary_s += seconds
+        self.last_tick_s += seconds
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint was made."""
+        self.checkpoint_cost_s = seconds
+        self.last_boundary_s += seconds
+        self.last_tick_s += seconds
+        self.put_aside(seconds)
+
+    def put_aside(self, seconds: float) -> None:
+        """Something took place that is no part of the training iteration under way."""
+        self._aside_s += seconds
+        self._disturbed = True
+
+    def reached_boundary(self, now_s: float) -> None:
+        """At a boundary inside a loop."""
+        passed_s = now_s - self.last_boundary_s
+        self.between_boundaries_s = max(self.between_boundaries_s, passed_s)
+        self.last_boundary_s = now_s
+
+    def tick(self, now_s: float) -> None:
+        """An iteration of any loop has ended."""
+        self.iterations += 1
+        self.slowest_s = max(self.slowest_s, now_s - self.last_tick_s)
+        self.last_tick_s = now_s
+
+    def loop_begins(self, now_s: float) -> None:
+        """A loop that may train begins."""
+        self.last_boundary_s = self._begun_s = now_s
+        self._begun_sync_s, self._aside_s = self.sync_s, 0.0
+
+    def trained(self, now_s: float, *, whole: bool) -> None:
+        """A training iteration has ended; the next one begins.
+
+        Args:
+            now_s: The time.
+            whole: It was one like the others, no smaller one at the end of a loop.
+        """
+        took_s = now_s - self._begun_s - self._aside_s
+        self._inside_s += took_s
+        if whole and not self._disturbed:
+            self._chunk.append((took_s, self.sync_s - self._begun_sync_s))
+        self._begun_s, self._begun_sync_s = now_s, self.sync_s
+        self._aside_s, self._disturbed = 0.0, False
+
+    def epoch_begins(self, now_s: float, *, whole: bool) -> None:
+        """An epoch begins, and the one before it has ended.
+
+        Args:
+            now_s: The time.
+            whole: The epoch is not one that an earlier invocation has begun.
+        """
+        if self._epoch_s is not None:
+            self._all_inside_s += self._inside_s
+            self._all_outside_s += now_s - self._epoch_s - self._inside_s
+        self._epoch_s, self._inside_s = now_s if whole else None, 0.0
+
+    def other_share(self) -> float | None:
+        """Time outside of training iterations over the time inside; None if not known yet."""
+        return self._all_outside_s / self._all_inside_s if self._all_inside_s else None
+
+    def forget_chunk(self) -> None:
+        """What comes is not like what was."""
+        self._chunk.clear()
+
+    def take_chunk(self) -> tuple[int, float, float]:
+        """The undisturbed training iterations since the last time.
+
+        Returns:
+            (how many, median time, median time in synchronisation).
+        """
+        if not self._chunk:
+            return 0, 0.0, 0.0
+        times, syncs = zip(*self._chunk, strict=True)
+        self._chunk.clear()
+        return len(times), median(times), median(syncs)
