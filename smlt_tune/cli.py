@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -294,9 +295,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     urls = {f"number {k + 1}": url for k, url in enumerate(arguments.parameter_store)}
     with closing(open_platform(arguments.platform)) as platform:
         console.print(platform.fingerprint, markup=False)
-        table = calibrate(
-            platform, parameter_stores=urls, seconds=arguments.seconds, say=console.print
-        )
+        say = partial(console.print, soft_wrap=True, markup=False)
+        table = calibrate(platform, parameter_stores=urls, seconds=arguments.seconds, say=say)
         path = keep_table(table, arguments.home or _home())
         shown = Table("figure", "measured", "shipped", "difference")
         for column in shown.columns[1:]:

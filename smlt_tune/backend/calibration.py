@@ -38,6 +38,7 @@ from smlt_tune.backend.platforms.base import (
     Scales,
     is_positive,
 )
+from smlt_tune.backend.resource_manager.observations import not_counts
 from smlt_tune.backend.resource_manager.physics import worker_bytes
 from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
 from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
@@ -47,8 +48,6 @@ from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 
 __all__ = ["calibrate", "comparison", "platform_table"]
 
-#: Every measurement is repeated this often.
-ROUNDS = 3
 #: Shares of the time for speed and for every kind of transfer; the rest goes into starting.
 _TRAIN_SHARE, _TRANSFER_SHARE = 0.5, 0.1
 #: Sizes below one virtual CPU that are measured, as shares of 1,769 MB.
@@ -68,6 +67,7 @@ def calibrate(
     *,
     parameter_stores: Mapping[str, str] | None = None,
     seconds: float = 60.0,
+    rounds: int = 3,
     say: Callable[[str], None] = lambda line: None,
     clock: Clock = SYSTEM_CLOCK,
 ) -> PlatformTable:
@@ -78,23 +78,26 @@ def calibrate(
         parameter_stores: Their URLs, by a name for messages, one of each kind (scheme of the URL);
             None for the one that a fleet starts for itself.
         seconds: About how long to measure; starting functions comes on top.
+        rounds: How often everything is repeated.
         say: Gets a line for people whenever something is known, and what it has cost.
         clock: Time.
 
     Raises:
-        InvalidInput: The time is not positive, or two stores are of one kind.
+        InvalidInput: The time is not positive, there is no round, or two stores are of one kind.
         PlatformError: Functions of no size could train, or were stopped.
     """
-    kinds = _kinds(parameter_stores)
+    kinds, mistakes = _kinds(parameter_stores)
     if not is_positive(seconds):
-        raise InvalidInput(f"seconds={seconds!r}: must be a positive number")
+        mistakes.append(f"seconds={seconds!r}: must be a positive number")
+    if mistakes := mistakes + not_counts({"rounds": rounds}):
+        raise InvalidInput(mistakes)
     recorder = _recorder(platform)
     stores: dict[str, _StoreTimes] = {}
     rates: dict[int, float] = {}
     cost_usd = 0.0
     for kind, url in kinds.items():
         with Fleet(platform=recorder, parameter_store=url, policy=PinnedOrDefault()) as fleet:
-            bench = _Bench(fleet, platform, say)
+            bench = _Bench(fleet, platform, rounds, say)
             if not rates:
                 rates = bench.rates(_TRAIN_SHARE * seconds)
             stores[kind] = bench.store(kind, _TRANSFER_SHARE * seconds / len(kinds))
@@ -165,8 +168,10 @@ class _StoreTimes:
 class _Bench:
     """Measures by jobs of one fleet, one at a time."""
 
-    def __init__(self, fleet: Fleet, platform: Platform, say: Callable[[str], None]) -> None:
-        self._fleet, self._platform, self._say = fleet, platform, say
+    def __init__(
+        self, fleet: Fleet, platform: Platform, rounds: int, say: Callable[[str], None]
+    ) -> None:
+        self._fleet, self._platform, self._rounds, self._say = fleet, platform, rounds, say
         self._cores = cores_of(platform)
         limits = platform.limits
         self._most_mb = limits.max_memory_mb
@@ -177,10 +182,10 @@ class _Bench:
         sizes = _sizes(self._platform)
         # The middle one comes twice in a row: its second function starts warm.
         order = [s for size in sizes for s in [size] * (2 if size == self._vcpu_mb else 1)]
-        window_s = seconds / (ROUNDS * len(order))
+        window_s = seconds / (self._rounds * len(order))
         found: dict[int, list[float]] = {size: [] for size in sizes}
-        for number in range(ROUNDS):
-            self._say(f"speed: round {number + 1} of {ROUNDS}")
+        for number in range(self._rounds):
+            self._say(f"speed: round {number + 1} of {self._rounds}")
             for size in order:
                 if size not in found:
                     continue
@@ -206,9 +211,9 @@ class _Bench:
         """Latency and bandwidth of the fleet's store."""
         limits = self._platform.limits
         crowd = min(_CROWD, limits.functions, limits.max_workers)
-        config = {"seconds": seconds / (2 * ROUNDS)}
+        config = {"seconds": seconds / (2 * self._rounds)}
         alone, together, handling = [], [], []
-        for _ in range(ROUNDS):
+        for _ in range(self._rounds):
             alone.append(self._run(probes.transfer, config, self._most_mb))
             if crowd > 1:
                 together.append(self._run(probes.transfer, config, self._most_mb, crowd))
@@ -319,20 +324,16 @@ def _recorder(platform: Platform) -> _Recorder:
     return (_CancellingRecorder if isinstance(platform, Cancels) else _Recorder)(platform)
 
 
-def _kinds(parameter_stores: Mapping[str, str] | None) -> dict[str, str | None]:
-    """URLs by kind of store; None stands for the one that a fleet starts for itself."""
-    if not parameter_stores:
-        return {_EMBEDDED: None}
+def _kinds(parameter_stores: Mapping[str, str] | None) -> tuple[dict[str, str | None], list[str]]:
+    """URLs by kind of store, and mistakes; None stands for the one that a fleet starts itself."""
     kinds: dict[str, str | None] = {}
     mistakes = []
-    for name, url in parameter_stores.items():
+    for name, url in (parameter_stores or {}).items():
         kind = url.partition("://")[0]
         if kind in kinds:
             mistakes.append(f"parameter store {name!r}: another one of kind {kind!r} was given")
         kinds[kind] = url
-    if mistakes:
-        raise InvalidInput(mistakes)
-    return kinds
+    return kinds or {_EMBEDDED: None}, mistakes
 
 
 def _sizes(platform: Platform) -> list[int]:

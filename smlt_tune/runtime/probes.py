@@ -24,7 +24,8 @@ GRADIENT_BYTES = 4 << 20
 
 _SMALL_BYTES = 1024
 _SMALL_REQUESTS = 40
-_LEAST_STEPS = 3
+_WARM_UP_STEPS = 2
+_LEAST_STEPS = 2
 _TTL_S = 60.0
 
 
@@ -39,7 +40,7 @@ def train(config: Mapping[str, Any], clock: Clock = SYSTEM_CLOCK) -> dict[str, f
         ``steps``, and the ``wall_s`` and ``cpu_s`` that they took.
     """
     step = training_step()
-    for _ in range(_LEAST_STEPS):  # the first ones allocate and choose algorithms
+    for _ in range(_WARM_UP_STEPS):  # the first ones allocate and choose algorithms
         step()
     steps, begun_s, begun_cpu_s = 0, clock.monotonic(), _cpu_s()
     wall_s = 0.0
