@@ -24,17 +24,17 @@ def told(job: Explanation) -> Iterator[str]:
 def table(jobs: Sequence[Explanation]) -> Table:
     """All jobs, one a line."""
     shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("job", "state", "time", "cost", "allocations", "last reason"):
+    for name in ("job", "state", "time", "cost", "allocations", "why the last one"):
         shown.add_column(name, justify="right" if name in ("time", "cost") else "left")
     for job in jobs:
-        distinct = [step.allocation for step in job.steps if step.allocation != step.before]
+        moves = [step for step in job.steps if step.allocation != step.before]
         shown.add_row(
             job.job_id,
             job.status,
             "-" if job.duration_s is None else words.seconds(job.duration_s),
             "-" if job.cost_usd is None else words.usd(job.cost_usd),
-            " > ".join(map(words.allocation, distinct)) or "-",
-            job.steps[-1].reason if job.steps else "-",
+            " > ".join(words.allocation(step.allocation) for step in moves) or "-",
+            moves[-1].reason if moves else "-",
         )
     return shown
 

@@ -206,6 +206,7 @@ def test_the_command_tells_all_jobs_in_short(fleet, capsys):
     (b,) = (line for line in lines if line.startswith("b "))
     assert "finished" in a
     assert "2 x 1769 MB > 4 x 3008 MB" in a
+    assert "the batch grew" in a  # not why it was started again on the same
     assert "running" in b
     assert [job.job_id for job in explain_all(read_history(folder))] == ["a", "b"]
 
