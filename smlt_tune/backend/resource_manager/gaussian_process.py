@@ -38,11 +38,11 @@ from smlt_tune.backend.resource_manager.physics import (
 Array = NDArray[np.float64]
 
 #: Standard deviations of a trial's effects on its computation and on its synchronisation.
-TRIAL_COMPUTE_SD, TRIAL_SYNC_SD = 0.25, 0.25
+TRIAL_COMPUTE_SD, TRIAL_SYNC_SD = 0.2, 0.2
 #: Standard deviation and length scales (ln n, ln m) of the field over allocations.
-FIELD_SD, FIELD_SCALES = 0.10, (1.5, 1.2)
+FIELD_SD, FIELD_SCALES = 0.06, (1.5, 1.2)
 #: Standard deviation and length scales (ln n, ln m, ln P, ln F, ln B) of the field over models.
-CONTEXT_SD, CONTEXT_SCALES = 0.10, (1.5, 1.2, 1.5, 1.5, 1.5)
+CONTEXT_SD, CONTEXT_SCALES = 0.07, (1.5, 1.2, 1.5, 1.5, 1.5)
 #: Noise of one iteration and of any median, as standard deviations of ln t.
 ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.015
 #: A measurement that lies so many standard deviations above what the others say is a straggler.
