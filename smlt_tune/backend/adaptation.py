@@ -8,7 +8,7 @@ occasions to look at the job's allocation again:
 | ``workload`` | the model or the batch size is another one, at once |
 | ``measured`` | the first iterations of a generation have been measured |
 | ``progress`` | at 15, 35 and 60 % of the job |
-| ``drift`` | iterations take another time than the policy was told |
+| ``drift`` | iterations take another time than the last decision was based on |
 | ``share`` | the job may take more functions, or is asked to give some back; a few jobs at a time |
 | ``time limit`` | the functions have to be started anew anyway |
 
@@ -131,6 +131,7 @@ class Adaptation:
         measurement = job.measurements.get(_key(job.workload, current))
         if measurement is not None and measurement.iterations:
             job.iteration_s = self._tell(measurement).iteration_s  # it decides on the newest
+            measurement.decided()
         decision = self._ask(lambda policy: policy.review(facts))
         now = self._clock.monotonic()
         self._review_after_s = now + REVIEW_PAUSE_S
@@ -224,7 +225,7 @@ class Adaptation:
 
     def _measure(self, job: Record, generation: Generation, event: wire.Progress) -> str:
         """Adds a chunk of iterations; returns an occasion to look at the job, if it is one."""
-        if job.workload is None:
+        if job.workload is None or event.iteration_s <= 0.0:
             return ""
         key = _key(job.workload, generation)
         if key not in job.measurements:
@@ -239,6 +240,7 @@ class Adaptation:
         drifted = measurement.drifted
         if drifted:
             measurement.forget_the_past()
+            measurement.decided()
         if drifted or measurement.worth_telling:
             job.iteration_s = self._tell(measurement).iteration_s
         before = _enough(generation)

@@ -14,7 +14,7 @@ TOLD_S = 0.5
 TOLD_AGAIN = 2
 #: The pace has changed if the newest chunks, so many, ...
 DRIFT_CHUNKS = 5
-#: ... are off what was told by more than this share.
+#: ... are off what the last decision was based on by more than this share.
 DRIFT = 0.2
 
 
@@ -34,8 +34,7 @@ class Measurement:
         self._chunks: deque[tuple[int, float, float]] = deque(maxlen=CHUNKS)
         self._seconds = 0.0
         self._told = 0
-        self._told_iteration_s = 0.0
-        self._since_told = 0
+        self._basis_s = 0.0
         self.iterations = 0
         self.kept = 0
         self.other_share = 0.0
@@ -53,7 +52,6 @@ class Measurement:
         self._chunks.append((iterations, iteration_s, min(sync_s, iteration_s)))
         self.iterations += iterations
         self._seconds += iterations * iteration_s
-        self._since_told += 1
 
     @property
     def worth_telling(self) -> bool:
@@ -63,11 +61,11 @@ class Measurement:
 
     @property
     def drifted(self) -> bool:
-        """Whether iterations take another time than was told."""
-        if not self._told or self._since_told < DRIFT_CHUNKS:
+        """Whether iterations take another time than the last decision was based on."""
+        if not self._basis_s or len(self._chunks) < DRIFT_CHUNKS:
             return False
         newest = _median((n, time) for n, time, _ in list(self._chunks)[-DRIFT_CHUNKS:])
-        return abs(newest - self._told_iteration_s) > DRIFT * self._told_iteration_s
+        return abs(newest - self._basis_s) > DRIFT * self._basis_s
 
     def forget_the_past(self) -> None:
         """After a drift: what was measured before it does not hold any more."""
@@ -76,16 +74,19 @@ class Measurement:
         self._chunks.extend(newest)
         self.iterations = sum(n for n, _, _ in newest)
 
+    def decided(self) -> None:
+        """What it says now is what a decision is based on."""
+        self._basis_s = _median((n, time) for n, time, _ in self._chunks)
+
     def profile(self) -> Profile:
         """As it stands, to be told."""
-        self._told, self._since_told = self.iterations, 0
-        self._told_iteration_s = _median((n, time) for n, time, _ in self._chunks)
+        self._told = self.iterations
         return Profile(
             self._job_id,
             self._workload,
             self.allocation,
             iterations=self.iterations,
-            iteration_s=self._told_iteration_s,
+            iteration_s=_median((n, time) for n, time, _ in self._chunks),
             sync_s=_median((n, sync) for n, _, sync in self._chunks),
             other_share=self.other_share,
             start_s=self.start_s,
