@@ -115,6 +115,10 @@ def _add_plan(commands: Any) -> None:
         "target", metavar="TARGET", help="sweep.yaml, file.py:function or package.module:function"
     )
     plan.add_argument("--config", metavar="JSON", help="of the function, such as '{\"lr\": 0.1}'")
+    plan.add_argument(
+        "--data", metavar="NAME=FILE", action="append", default=[],
+        help="a .npy or .npz file for session.batches(NAME); may be given again",
+    )  # fmt: skip
     plan.add_argument("--goal", choices=["cheapest", "fastest"], help="of each training")
     plan.add_argument(
         "--deadline", metavar="TIME", type=_checked("duration"), help="such as 90s, 10m or 8h"
@@ -288,16 +292,18 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from smlt_tune.backend.calibration import calibrate, comparison
-    from smlt_tune.backend.platform_tables import keep_table, shipped_table
+    from smlt_tune.backend.platform_tables import check_home, keep_table, shipped_table
     from smlt_tune.backend.platforms import open_platform
 
     console = _console()
     urls = {f"number {k + 1}": url for k, url in enumerate(arguments.parameter_store)}
     with closing(open_platform(arguments.platform)) as platform:
         console.print(platform.fingerprint, markup=False)
+        home = arguments.home or _home()
+        check_home(home)
         say = partial(console.print, soft_wrap=True, markup=False)
         table = calibrate(platform, parameter_stores=urls, seconds=arguments.seconds, say=say)
-        path = keep_table(table, arguments.home or _home())
+        path = keep_table(table, home)
         shown = Table("figure", "measured", "shipped", "difference")
         for column in shown.columns[1:]:
             column.justify = "right"

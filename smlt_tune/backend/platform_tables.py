@@ -22,7 +22,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -214,6 +213,21 @@ def read_table(home: str | Path, fingerprint: str) -> PlatformTable | None:
     return table
 
 
+def check_home(home: str | Path) -> None:
+    """Makes the folder for calibrations, before anybody measures one.
+
+    Raises:
+        InvalidInput: It cannot be used.
+    """
+    folder = _folder(home)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidInput(f"cannot use the folder {folder}: {error.strerror}") from error
+
+
 def keep_table(table: PlatformTable, home: str | Path) -> Path:
     """Writes a calibration for later fleets; readers see the old one or the whole new one.
 
@@ -224,23 +238,20 @@ def keep_table(table: PlatformTable, home: str | Path) -> Path:
         InvalidInput: The folder cannot be used.
         StorageFull: There is no space left; the old one stays.
     """
+    check_home(home)
     path = table_path(home, table.fingerprint)
     text = json.dumps({"schema": _SCHEMA, **asdict(table)}, indent=1) + "\n"
+    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    except OSError as error:
-        raise InvalidInput(f"cannot use the folder {path.parent}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with part.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(handle)
-        Path(name).replace(path)
+            os.fsync(file.fileno())
+        part.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            Path(name).unlink()
         raise StorageFull(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -248,7 +259,11 @@ def table_path(home: str | Path, fingerprint: str) -> Path:
     """Where the calibration of a platform is kept."""
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", fingerprint)[:80].strip("-.")
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]
-    return Path(home) / "platforms" / f"{readable}-{digest}.json"
+    return _folder(home) / f"{readable}-{digest}.json"
+
+
+def _folder(home: str | Path) -> Path:
+    return Path(home) / "platforms"
 
 
 class _Reader:

@@ -12,6 +12,7 @@ from smlt_tune.backend import calibration, platform_tables
 from smlt_tune.backend.calibration import calibrate, comparison
 from smlt_tune.backend.platform_tables import (
     bends,
+    check_home,
     keep_table,
     platform_table,
     read_core,
@@ -24,7 +25,7 @@ from smlt_tune.backend.platforms.inline import InlinePlatform
 from smlt_tune.backend.platforms.local import isolation
 from smlt_tune.backend.resource_manager.physics import worker_bytes
 from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
-from smlt_tune.errors import InvalidInput, OutOfMemory, PlatformError
+from smlt_tune.errors import InvalidInput, OutOfMemory, PlatformError, StorageFull
 from smlt_tune.runtime import probes
 
 LAMBDA = PlatformLimits(128, 10_240, 900.0, 100)
@@ -254,8 +255,21 @@ class TestKept:
 
     def test_needs_a_folder(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(InvalidInput, match=r"^cannot use the folder .*: Not a directory$"):
-            keep_table(TABLE, tmp_path / "file")
+        for verb in (check_home, lambda home: keep_table(TABLE, home)):
+            with pytest.raises(InvalidInput, match=r"^cannot use the folder .*: Not a directory$"):
+                verb(tmp_path / "file")
+
+    def test_stays_as_it_was_if_the_new_one_cannot_be_written(self, tmp_path, monkeypatch):
+        path = keep_table(TABLE, tmp_path)
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(platform_tables.os, "fsync", full)
+        with pytest.raises(StorageFull, match=rf"^cannot write {path}: No space left on device$"):
+            keep_table(replace(TABLE, flops=1.0), tmp_path)
+        assert [*path.parent.iterdir()] == [path]
+        assert read_table(tmp_path, TABLE.fingerprint) == TABLE
 
 
 class Truth:
@@ -487,6 +501,15 @@ class TestCommand:
         assert cli.main(["calibrate", "--platform", "inline"]) == 0
         assert [*(tmp_path / "own" / "platforms").iterdir()]
         assert [*(tmp_path / ".smlt" / "platforms").iterdir()]
+
+    def test_refuses_a_folder_that_it_could_not_write_to_before_it_measures(
+        self, calibrated, tmp_path, capsys
+    ):
+        (tmp_path / "file").touch()
+        arguments = ["calibrate", "--platform", "inline", "--home", str(tmp_path / "file")]
+        assert cli.main(arguments) == 2
+        assert "smlt: cannot use the folder" in capsys.readouterr().err
+        assert calibrated == []
 
     @pytest.mark.parametrize(
         "arguments", [["--seconds", "0"], ["--seconds", "x"], ["--platform", "moon"]]
