@@ -25,6 +25,7 @@ from smlt_tune.errors import InvalidInput, SmltError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from smlt_tune.backend.platforms.base import Platform
     from smlt_tune.backend.sweeps.sweep import Sweep
 
 _EXTRAS = {"optuna": "optuna", "gpytorch": "gp", "torch": "torch"}
@@ -151,8 +152,12 @@ def _add_calibrate(commands: Any) -> None:
         "calibrate", help="measure a platform, so that predictions start from what is true of it"
     )
     calibrate.set_defaults(run=_calibrate)
-    calibrate.add_argument(
-        "--platform", choices=sorted(PLATFORMS), default="local", help="which (local)"
+    which = calibrate.add_mutually_exclusive_group()
+    which.add_argument(
+        "file", metavar="FILE", nargs="?", help="sweep file: its platform, with its options"
+    )
+    which.add_argument(
+        "--platform", choices=sorted(PLATFORMS), help="this one with default options (local)"
     )
     calibrate.add_argument(
         "--home", metavar="DIR", type=Path, help="where to keep it (SMLT_HOME, or ~/.smlt)"
@@ -293,11 +298,10 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     from smlt_tune.backend.calibration import calibrate, comparison
     from smlt_tune.backend.platform_tables import check_home, keep_table, shipped_table
-    from smlt_tune.backend.platforms import open_platform
 
     console = _console()
     urls = {f"number {k + 1}": url for k, url in enumerate(arguments.parameter_store)}
-    with closing(open_platform(arguments.platform)) as platform:
+    with closing(_platform_to_calibrate(arguments)) as platform:
         console.print(platform.fingerprint, markup=False)
         home = arguments.home or _home()
         check_home(home)
@@ -312,6 +316,15 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     console.print(shown)
     console.print(f"kept in {path}", soft_wrap=True, markup=False)
     return 0
+
+
+def _platform_to_calibrate(arguments: argparse.Namespace) -> "Platform":
+    from smlt_tune.backend.platforms import open_platform
+    from smlt_tune.backend.sweeps.sweep import load
+
+    if arguments.file is None:
+        return open_platform(arguments.platform or "local")
+    return load(arguments.file).open_platform()
 
 
 def _home() -> Path:

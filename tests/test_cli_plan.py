@@ -4,6 +4,7 @@ import json
 import re
 import textwrap
 
+import numpy as np
 import pytest
 
 from smlt_tune import cli
@@ -169,6 +170,25 @@ def test_pictures_are_drawn(folder, arguments):
     assert svg.count("<path") > 20
 
 
+@pytest.mark.parametrize("target", [["code.py:train", "--platform", "inline"], ["sweep.yaml"]])
+def test_data_sets_come_from_files(folder, monkeypatch, target):
+    seen = []
+
+    def look(train, config, *, datasets, timeout_s):
+        seen.append((datasets, timeout_s))
+        return measure(train, config, datasets=datasets, timeout_s=timeout_s)
+
+    monkeypatch.setattr(planning, "measure", look)
+    np.save(folder / "one.npy", np.arange(6))
+    np.savez(folder / "two.npz", np.arange(4), np.ones(4))
+    files = ["--data", "digits=one.npy", "--data", "pairs=two.npz", "--dry-run-timeout", "10m"]
+    assert plan(*target, *files) == 0
+    datasets, timeout_s = seen[0]
+    assert timeout_s == 600
+    assert datasets["digits"].tolist() == list(range(6))
+    assert [array.tolist() for array in datasets["pairs"]] == [[0, 1, 2, 3], [1, 1, 1, 1]]
+
+
 def test_an_error_of_the_function_is_shown_with_its_traceback(folder, capsys, monkeypatch):
     def fails(*_, **__):
         raise TrainingFunctionError("KeyError: 'lr'", worker_traceback="Traceback\n  line 3\n")
@@ -197,6 +217,9 @@ BAD = [
     (["code.py:train", "--goal", "fastest", "--deadline", "1m"], ["--deadline is a limit for"]),
     (["code.py:train", "--goal", "cheapest", "--budget", "1"], ["--budget is a limit for"]),
     (["code.py:train", "--budget", "1", "--deadline", "1m"], ["has one limit"]),
+    (["code.py:train", "--data", "digits"], ["--data digits: expected NAME=FILE"]),
+    (["code.py:train", "--data", "a=b.npz"], ["--data a=b.npz: b.npz is no .npy or .npz file"]),
+    (["code.py:train", "--data", "a=code.py"], ["code.py is no .npy or .npz file"]),
     (["code.py:train", "--out", "plan.txt"], ["--out plan.txt: the name must end in one of"]),
     (["code.py:train", "--out", "no/plan.png"], ["there is no folder no"]),
     (["sweep.yaml", "--config", "{}"], ["--config is for a training function"]),

@@ -22,6 +22,7 @@ from smlt_tune.backend.resource_manager.manager import ResourceManager
 from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Plan, Profile, Workload
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, Plans, check
 from smlt_tune.errors import InvalidInput
+from smlt_tune.runtime.dry_run import dry_run
 
 #: How long the training function may take to the end of its first iteration, seconds.
 DRY_RUN_S = 120.0
@@ -64,11 +65,12 @@ def plan_job(
         limits: Of the platform.
         goal: What the user wants; the cheapest by default.
         bounds: What the user fixed.
-        datasets: Data sets that the function asks for by name.
+        datasets: Arrays (or a tuple of them) of the data sets that the function asks for by name.
         timeout_s: How long the function may take to the end of its first iteration, seconds.
 
     Raises:
         InvalidInput: Lists everything that is wrong with the arguments.
+        UsageError: The function does not train, or what it computes cannot be measured.
         TrainingFunctionError: The function raised; carries the traceback.
         FunctionLost: It did not come to the end of an iteration.
     """
@@ -93,16 +95,15 @@ def measure(
     Args:
         train: Training function.
         config: Its configuration.
-        datasets: Data sets that the function asks for by name.
+        datasets: Arrays (or a tuple of them) of the data sets that the function asks for by name.
         timeout_s: How long it may take, seconds.
 
     Raises:
         InvalidInput: The function or its configuration cannot be pickled.
+        UsageError: The function does not train, or what it computes cannot be measured.
         TrainingFunctionError: The function raised; carries the traceback.
         FunctionLost: It did not come to the end of an iteration.
     """
-    from smlt_tune.runtime.dry_run import dry_run
-
     advice = (
         "the training function has not come to the end of its first iteration: let it load less "
         "for a plan, or allow more time (timeout_s, --dry-run-timeout)"

@@ -4,11 +4,13 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from smlt_tune.backend import planning
+from smlt_tune.backend.artifact_manager import ArtifactManager
 from smlt_tune.backend.goals import Cheapest, Fastest
 from smlt_tune.backend.platforms.base import PlatformLimits
 from smlt_tune.backend.platforms.inline import InlinePlatform
@@ -25,8 +27,9 @@ from smlt_tune.backend.resource_manager.policy import Bounds
 from smlt_tune.backend.sweeps.plan import DRAWN, configurations_of, plan_sweep, quantile
 from smlt_tune.backend.sweeps.space import Categorical, FloatParameter, IntParameter
 from smlt_tune.backend.sweeps.sweep import load
-from smlt_tune.errors import InvalidInput, ObjectDamaged
+from smlt_tune.errors import InvalidInput, ObjectDamaged, TrainingFunctionError, UsageError
 from smlt_tune.runtime.features import ModelFeatures
+from smlt_tune.runtime.stores.directory import DirectoryStore
 
 LIMITS = PlatformLimits(
     min_memory_mb=128, max_memory_mb=10_240, time_limit_s=900, concurrency=6, max_workers=6
@@ -100,6 +103,43 @@ def test_the_policy_is_asked_about_what_the_function_computes(measured):
     assert (facts.allocation, facts.functions) == (None, 6)
     assert (job.workload, job.goal) == (WORKLOAD, Fastest(0.5))
     assert job.plan.chosen.allocation == Allocation(2, 1769)
+
+
+def asks_for_data(config):
+    """Two epochs over an uploaded data set."""
+    import torch
+
+    import smlt_tune as smlt
+
+    session = smlt.session()
+    model = torch.nn.Linear(5, config["out"])
+    model, optimizer = session.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in session.epochs(2):
+        for (x,) in session.batches("digits", batch_size=10):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_what_a_function_computes_is_found_out_elsewhere(tmp_path):
+    datasets = {"digits": (np.zeros((95, 5), np.float32),)}
+    found = planning.measure(asks_for_data, {"out": 3}, datasets=datasets)
+    assert (found.features.parameters, found.features.gradient_bytes) == (18, 72)
+    assert (found.batch, found.iterations) == (10, 20)
+    stored = ArtifactManager(DirectoryStore(tmp_path)).store_code(asks_for_data, "a function")
+    assert found.function == stored  # so that jobs of a fleet are its siblings
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "message"),
+    [
+        (asks_for_data, TrainingFunctionError, "TypeError: 'NoneType' object"),
+        (train, UsageError, "has ended without training"),
+    ],
+)
+def test_a_function_that_cannot_be_measured_says_why(train, error, message):
+    with pytest.raises(error, match=message):
+        planning.measure(train)
 
 
 @pytest.mark.parametrize(

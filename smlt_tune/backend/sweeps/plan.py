@@ -101,6 +101,7 @@ def plan_sweep(
     policy: Plans,
     limits: PlatformLimits,
     goal: Goal | None = None,
+    datasets: Mapping[str, Any] | None = None,
     timeout_s: float = DRY_RUN_S,
     progress: Callable[[str], None] = lambda _: None,
 ) -> SweepPlan:
@@ -111,11 +112,13 @@ def plan_sweep(
         policy: Predicts.
         limits: Of its platform.
         goal: Of each trial; the cheapest by default.
+        datasets: Arrays (or a tuple of them) of the data sets that the function asks for by name.
         timeout_s: How long a training function may take to the end of its first iteration, seconds.
         progress: Is told what is looked at.
 
     Raises:
         InvalidInput: What the file fixes is not possible on the platform; every mistake once.
+        UsageError: The function does not train, or what it computes cannot be measured.
         TrainingFunctionError: The function raised; carries the traceback.
         FunctionLost: It did not come to the end of an iteration.
     """
@@ -134,6 +137,7 @@ def plan_sweep(
                 limits=limits,
                 goal=goal,
                 bounds=bounds_of(sweep, params),
+                datasets=datasets,
                 timeout_s=timeout_s,
             )
             known.append((params, job))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from smlt_tune.backend.goals import Cheapest, Fastest, Goal
 from smlt_tune.backend.planning import plan_job, resource_manager
 from smlt_tune.backend.platforms import open_platform
@@ -34,6 +36,7 @@ class Request:
     Attributes:
         target: A sweep file, or where a training function is.
         config: Of the function, JSON.
+        data: ``NAME=FILE`` of the data sets that the function asks for by name.
         goal: ``cheapest`` or ``fastest``.
         deadline: Of the job or of the whole sweep, seconds.
         budget: Of the job or of the whole sweep, USD.
@@ -49,6 +52,7 @@ class Request:
 
     target: str
     config: str | None
+    data: Sequence[str]
     goal: str | None
     deadline: float | None
     budget: float | None
@@ -101,6 +105,7 @@ def plan(request: Request, *, progress: Callable[[str], None]) -> Shown:
 def _function(request: Request) -> Shown:
     mistakes = _out_mistakes(request.out)
     train = _tried(mistakes, lambda: target.load(request.target, Path.cwd()))
+    datasets = _datasets(request.data, mistakes)
     config = _tried(mistakes, lambda: _config(request.config))
     goal = _tried(mistakes, lambda: _goal(request)) or Cheapest()
     bounds = Bounds(request.workers, request.memory_mb, max_workers=request.max_workers)
@@ -116,6 +121,7 @@ def _function(request: Request) -> Shown:
             limits=platform.limits,
             goal=goal,
             bounds=bounds,
+            datasets=datasets,
             timeout_s=request.dry_run_timeout,
         )
     limits = {"deadline_s": request.deadline, "budget_usd": request.budget}
@@ -129,6 +135,7 @@ def _sweep(request: Request, progress: Callable[[str], None]) -> Shown:
     mistakes = _out_mistakes(request.out)
     if request.config is not None:
         mistakes.append("--config is for a training function; a sweep file has a setting for it")
+    datasets = _datasets(request.data, mistakes)
     sweep = _tried(mistakes, lambda: _overridden(load(request.target), request))
     goal: Goal = Fastest() if request.goal == "fastest" else Cheapest()
     if sweep is None:
@@ -143,6 +150,7 @@ def _sweep(request: Request, progress: Callable[[str], None]) -> Shown:
             policy=policy,
             limits=platform.limits,
             goal=goal,
+            datasets=datasets,
             timeout_s=request.dry_run_timeout,
             progress=progress,
         )
@@ -175,6 +183,23 @@ def _config(text: str | None) -> Any:
         return json.loads(text or "{}")
     except json.JSONDecodeError as error:
         raise Mistake(f"--config must be JSON such as '{{\"lr\": 0.1}}': {error}") from error
+
+
+def _datasets(given: Sequence[str], mistakes: list[str]) -> dict[str, Any]:
+    """The arrays in some files, by the names that training functions use."""
+    found: dict[str, Any] = {}
+    for one in given:
+        name, _, file = one.partition("=")
+        if not (name and file):
+            mistakes.append(f"--data {one}: expected NAME=FILE, such as digits=digits.npz")
+            continue
+        try:
+            content = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            mistakes.append(f"--data {one}: {file} is no .npy or .npz file: {error}")
+            continue
+        found[name] = content if isinstance(content, np.ndarray) else tuple(content.values())
+    return found
 
 
 def _overridden(sweep: Sweep, request: Request) -> Sweep:
