@@ -7,8 +7,8 @@ import pytest
 
 from smlt_tune.backend.job import JobSpec, JobState
 from smlt_tune.backend.platforms.base import InvocationResult
-from smlt_tune.backend.resource_manager.observations import Decision
-from smlt_tune.backend.resource_manager.policy import Bounds
+from smlt_tune.backend.resource_manager.observations import Allocation, Decision
+from smlt_tune.backend.resource_manager.policy import Bounds, PinnedOrDefault
 from smlt_tune.backend.task_scheduler import (
     GRACE_S,
     MOST_STRIKES,
@@ -971,10 +971,16 @@ class Worker:
         self.simulation.stream.append(event)
 
     def sign(self, at, *, waiting):
-        content = {"position": Position(0, 1, at).encode(), "iterations": at, "chunk": 0}
-        content |= {"iteration_s": 0.0, "sync_s": 0.0, "left": None, "other_share": None}
+        content = {"position": Position(0, 1, at).encode(), "iterations": at, "chunk": 3}
+        content |= {"iteration_s": self.simulation.chance.uniform(0.1, 0.2), "sync_s": 0.0}
+        content |= {"left": max(0, 30 - at), "other_share": None}
         content |= {"slowest_s": 0.1, "batch": 1, "peak_mb": 1.0}
         self.say(wire.Progress, waiting=waiting, **content)
+
+    def compute(self):
+        content = {"parameters": 9, "gradient_bytes": 36, "flops_per_sample": 54.0}
+        content |= {"activation_bytes": 0.0, "iterations": 30}
+        self.say(wire.Workload, batch=self.simulation.chance.choice([1, 2]), **content)
 
     def key(self, what):
         return self.simulation.world.key(what, self.spec.job, self.spec.generation)
@@ -1044,6 +1050,8 @@ class Simulation:
                 at = Position.decode(start.rpartition("/")[2]).iteration if start else 0
                 self.groups[group] = at
             worker.state = "begun"
+            if worker.spec.rank == 0:
+                worker.compute()
         worker.sign(self.groups.get(group, 0), waiting=not able)
 
     def train(self, worker):
@@ -1110,6 +1118,8 @@ class Simulation:
         elif what < 0.28:
             world.store.values.clear()
             world.scheduler.store_lost()
+        elif what < 0.29:
+            world.scheduler.store_lost("fast")
         elif what < 0.33:
             world.platform.room = chance.choice([0, 1, 100])
         elif what < 0.4 and len(world.states) < 6:
@@ -1156,13 +1166,33 @@ class Simulation:
         raise AssertionError("a job is stuck")
 
 
-@pytest.mark.parametrize("kind", ["plenty", "poor", "twice", "no cancel"])
+class Fickle(PinnedOrDefault):
+    """Changes its mind whenever it is asked."""
+
+    def __init__(self, chance):
+        self.chance = chance
+
+    def first(self, facts):
+        chance, bounds = self.chance, facts.bounds
+        assert facts.functions >= 1
+        workers = bounds.workers or chance.randint(1, min(4, facts.functions))
+        memory_mb = bounds.memory_mb or chance.choice([512, 1024])
+        return Decision(Allocation(workers, memory_mb, chance.choice(facts.stores)), "a whim")
+
+    def review(self, facts):
+        return self.first(facts) if self.chance.random() < 0.7 else None
+
+
+@pytest.mark.parametrize("kind", ["plenty", "poor", "twice", "no cancel", "fickle"])
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_happens(tmp_path, seed, kind):
     limits = replace(LIMITS, time_limit_s=30.0, deliveries=2 if kind == "twice" else 1)
     platform = FakePlatform if kind == "no cancel" else CancellingPlatform
     budget_usd = {"plenty": None, "poor": 60 * WORST / 100}.get(kind, 1.0)
-    world = World(tmp_path, limits=limits, platform=platform, budget_usd=budget_usd)
+    options = {"limits": limits, "platform": platform, "budget_usd": budget_usd}
+    if kind == "fickle":
+        options |= {"policy": Fickle(random.Random(seed)), "gradient_stores": ["fast"]}
+    world = World(tmp_path, **options)
     simulation = Simulation(world, f"{seed} {kind}")
     simulation.submit()
     for _ in range(150):
