@@ -20,11 +20,12 @@ was measured over the law at the nearest size with as many threads.
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from smlt_tune.backend.fleet import Fleet
+from smlt_tune.backend.fleet import FIRST_TRY_S, Fleet
 from smlt_tune.backend.platform_tables import bends, cores_of, platform_table, threads_of
 from smlt_tune.backend.platforms.base import (
     MB_PER_VCPU,
@@ -45,6 +46,7 @@ from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
 from smlt_tune.errors import InvalidInput, OutOfMemory, PlatformError
 from smlt_tune.runtime import probes
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
+from smlt_tune.runtime.stores.opening import open_parameter_store
 
 __all__ = ["calibrate", "comparison", "platform_table"]
 
@@ -84,6 +86,7 @@ def calibrate(
 
     Raises:
         InvalidInput: The time is not positive, there is no round, or two stores are of one kind.
+        StoreUnavailable: A parameter store does not answer.
         PlatformError: Functions of no size could train, or were stopped.
     """
     kinds, mistakes = _kinds(parameter_stores)
@@ -91,6 +94,9 @@ def calibrate(
         mistakes.append(f"seconds={seconds!r}: must be a positive number")
     if mistakes := mistakes + not_counts({"rounds": rounds}):
         raise InvalidInput(mistakes)
+    for given in filter(None, kinds.values()):
+        with closing(open_parameter_store(given, retry_s=FIRST_TRY_S)) as store:
+            store.server_id()  # says at once if there is no server, or the password is wrong
     recorder = _recorder(platform)
     stores: dict[str, _StoreTimes] = {}
     rates: dict[int, float] = {}

@@ -25,7 +25,7 @@ from smlt_tune.backend.platforms.inline import InlinePlatform
 from smlt_tune.backend.platforms.local import isolation
 from smlt_tune.backend.resource_manager.physics import worker_bytes
 from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
-from smlt_tune.errors import InvalidInput, OutOfMemory, PlatformError, StorageFull
+from smlt_tune.errors import InvalidInput, OutOfMemory, PlatformError, StorageFull, StoreUnavailable
 from smlt_tune.runtime import probes
 
 LAMBDA = PlatformLimits(128, 10_240, 900.0, 100)
@@ -359,14 +359,23 @@ class TestCalibrate:
         assert said[-1] == "this has cost 0.250000 USD"
         assert "619 MB is too small for training" in said
 
-    def test_measures_every_store_once_and_speed_with_the_first(self, truth):
-        urls = {"a": "redis://:secret@a", "b": "unix://b"}
+    def test_measures_every_store_once_and_speed_with_the_first(self, truth, valkey):
+        urls = {"a": valkey.url, "b": valkey.unix_url}
         table = calibrate(Starting(), parameter_stores=urls)
         assert set(table.stores) == {"redis", "unix"}
         assert [fleet.url for fleet in truth.fleets] == list(urls.values())
         first, second = ({call[0] for call in fleet.calls} for fleet in truth.fleets)
         assert first == second | {probes.train}
         assert probes.train not in second
+
+    def test_a_store_that_does_not_answer_is_told_before_anything_runs(
+        self, truth, valkey, monkeypatch
+    ):
+        monkeypatch.setattr(calibration, "FIRST_TRY_S", 0.2)
+        urls = {"a": valkey.url, "b": "unix:///nowhere"}
+        with pytest.raises(StoreUnavailable, match=r"unix:///nowhere did not answer"):
+            calibrate(Starting(), parameter_stores=urls)
+        assert truth.fleets == ()
 
     def test_one_function_at_a_time_is_enough(self, truth):
         table = calibrate(Starting(limits=replace(LAMBDA, concurrency=1, max_workers=1)))
@@ -502,6 +511,17 @@ class TestCommand:
         assert [*(tmp_path / "own" / "platforms").iterdir()]
         assert [*(tmp_path / ".smlt" / "platforms").iterdir()]
 
+    def test_takes_the_platform_of_a_sweep_file(self, calibrated, tmp_path, capsys):
+        (tmp_path / "code.py").write_text("def train(config): pass")
+        (tmp_path / "sweep.yaml").write_text(
+            "name: tiny\ntrain: code.py:train\nmetric: accuracy\ntrials: 4\n"
+            "space: {x: {float: [0.1, 0.9]}}\nplatform: inline\n"
+        )
+        arguments = ["calibrate", "--home", str(tmp_path), str(tmp_path / "sweep.yaml")]
+        assert cli.main(arguments) == 0
+        assert calibrated[0]["platform"] == "inline"
+        assert cli.main(["calibrate", str(tmp_path / "none.yaml")]) == 2
+
     def test_refuses_a_folder_that_it_could_not_write_to_before_it_measures(
         self, calibrated, tmp_path, capsys
     ):
@@ -512,7 +532,13 @@ class TestCommand:
         assert calibrated == []
 
     @pytest.mark.parametrize(
-        "arguments", [["--seconds", "0"], ["--seconds", "x"], ["--platform", "moon"]]
+        "arguments",
+        [
+            ["--seconds", "0"],
+            ["--seconds", "x"],
+            ["--platform", "moon"],
+            ["a", "--platform", "local"],
+        ],
     )
     def test_refuses_bad_arguments(self, calibrated, arguments):
         with pytest.raises(SystemExit) as ended:
