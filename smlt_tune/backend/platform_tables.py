@@ -22,7 +22,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,8 @@ class Core:
 def platform_table(platform: Platform, *, home: str | Path | None = None) -> PlatformTable:
     """The table of a platform: what was kept of its calibration, or what comes with the package.
 
+    Kinds of stores that the calibration has not measured are those of the shipped table.
+
     Args:
         platform: Which.
         home: The user's folder, where calibrations are kept; None to look at none.
@@ -85,8 +87,9 @@ def platform_table(platform: Platform, *, home: str | Path | None = None) -> Pla
     Raises:
         InvalidInput: The kept calibration has mistakes; lists them all.
     """
+    shipped = shipped_table(platform)
     kept = None if home is None else read_table(home, platform.fingerprint)
-    return kept or shipped_table(platform)
+    return shipped if kept is None else replace(kept, stores={**shipped.stores, **kept.stores})
 
 
 def shipped_table(platform: Platform) -> PlatformTable:

@@ -212,8 +212,9 @@ def _made(kind: type[T], values: Mapping[str, Any]) -> T:
 def _mistakes(profile: Profile, fingerprint: str) -> list[str]:
     """What cannot have been measured."""
     workload = profile.workload
-    counts = {"batch": workload.batch, "parameters": workload.features.parameters}
+    counts = {"batch": workload.batch}
     amounts: dict[str, float] = {
+        "parameters": workload.features.parameters,
         "gradient_bytes": workload.features.gradient_bytes,
         "flops_per_sample": workload.features.flops_per_sample,
         "activation_bytes": workload.features.activation_bytes,

@@ -100,11 +100,11 @@ FEATURES = WORKLOAD.features
                 PROFILE,
                 peak_mb=math.inf,
                 other_share="half",
-                workload=replace(WORKLOAD, features=replace(FEATURES, parameters=1.5)),
+                workload=replace(WORKLOAD, features=replace(FEATURES, parameters=-1)),
             ),
             HERE,
             [
-                "parameters must be a whole number of at least 1, not 1.5",
+                "parameters must be a finite number of at least 0, not -1",
                 "other_share must be a finite number of at least 0, not 'half'",
                 "peak_mb must be a finite number of at least 0, not inf",
             ],
