@@ -53,6 +53,7 @@ def plan_job(
     limits: PlatformLimits,
     goal: Goal | None = None,
     bounds: Bounds = Bounds(),  # noqa: B008 - frozen
+    functions: int | None = None,
     datasets: Mapping[str, Any] | None = None,
     timeout_s: float = DRY_RUN_S,
 ) -> JobPlan:
@@ -65,6 +66,7 @@ def plan_job(
         limits: Of the platform.
         goal: What the user wants; the cheapest by default.
         bounds: What the user fixed.
+        functions: How many functions it gets at most; all of the platform's by default.
         datasets: Arrays (or a tuple of them) of the data sets that the function asks for by name.
         timeout_s: How long the function may take to the end of its first iteration, seconds.
 
@@ -75,7 +77,7 @@ def plan_job(
         FunctionLost: It did not come to the end of an iteration.
     """
     wanted = Cheapest() if goal is None else goal
-    facts = JobFacts("plan", limits, wanted, bounds, functions=limits.functions)
+    facts = JobFacts("plan", limits, wanted, bounds, functions=functions or limits.functions)
     if mistakes := _not_callable(train) + check(facts):
         raise InvalidInput(mistakes)
     workload = measure(train, config, datasets=datasets, timeout_s=timeout_s)

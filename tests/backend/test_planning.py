@@ -258,11 +258,9 @@ def test_what_is_drawn_covers_every_setting_and_depends_on_the_seed_alone(sweep)
     ],
 )
 def test_trials_take_turns(measured, sweep, workers, parallel, concurrency, waves):
-    plan = plan_sweep(
-        replace(sweep(), parallel=parallel),
-        policy=Fixed(prediction(workers, 60, 0.01)),
-        limits=replace(LIMITS, concurrency=concurrency),
-    )
+    policy = Fixed(prediction(workers, 60, 0.01))
+    limits = replace(LIMITS, concurrency=concurrency)
+    plan = plan_sweep(replace(sweep(), parallel=parallel), policy=policy, limits=limits)
     assert plan.chosen.time_s.mid == pytest.approx(60 * waves)
     assert plan.chosen.time_s.high == pytest.approx(75 * waves)
     assert plan.chosen.cost_usd.low == pytest.approx(8 * 0.008)
@@ -270,6 +268,8 @@ def test_trials_take_turns(measured, sweep, workers, parallel, concurrency, wave
     assert plan.feasible
     assert (plan.affordable, plan.in_time, plan.notes) == (None, None, ())
     assert len(measured) == len(plan.samples) == DRAWN + 2
+    fair = max(1, concurrency // parallel)
+    assert {facts.functions for facts in policy.asked} == {fair}
 
 
 class ByDepth(Fixed):

@@ -2,9 +2,9 @@
 
 A few configurations of the space stand for all: drawn by a Latin hypercube, so that each setting is
 seen over its whole range, and the two corners where every setting is at its lowest and at its
-highest, which show how far trials may differ. The drawn ones are planned like single jobs; a sweep
-of T trials is taken to repeat them in turn, first come, first served, on the functions that the
-platform has.
+highest, which show how far trials may differ. The drawn ones are planned like single jobs that have
+their fair share of the platform's functions; a sweep of T trials is taken to repeat them in turn,
+first come, first served.
 
 With T trials and n drawn configurations, the mean of the trials is known up to the relative error
 ``t v sqrt(1/n + 1/T)``, where v is the coefficient of variation of the drawn ones and t the 95 %
@@ -124,6 +124,7 @@ def plan_sweep(
     """
     if mistakes := mistakes_of(sweep, limits):
         raise InvalidInput(mistakes)
+    share = max(1, limits.functions // min(sweep.parallel, sweep.trials))
     known: list[tuple[Mapping[str, Any], JobPlan]] = []
     samples = []
     for name, params in configurations_of(sweep):
@@ -137,6 +138,7 @@ def plan_sweep(
                 limits=limits,
                 goal=goal,
                 bounds=bounds_of(sweep, params),
+                functions=share,
                 datasets=datasets,
                 timeout_s=timeout_s,
             )
