@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from smlt_tune.backend.fleet import Fleet, Job, JobOutcome, Report
     from smlt_tune.backend.goals import Cheapest, Fastest
     from smlt_tune.errors import SmltError
-    from smlt_tune.runtime.features import ModelFeatures, model_features
+    from smlt_tune.runtime.dry_run import model_features
+    from smlt_tune.runtime.features import ModelFeatures
     from smlt_tune.runtime.session import Session, session
 
 __version__ = "0.1.0"
@@ -26,7 +27,7 @@ _HOMES = {
     "Report": "smlt_tune.backend.fleet",
     "Session": "smlt_tune.runtime.session",
     "SmltError": "smlt_tune.errors",
-    "model_features": "smlt_tune.runtime.features",
+    "model_features": "smlt_tune.runtime.dry_run",
     "session": "smlt_tune.runtime.session",
 }
 

@@ -474,9 +474,11 @@ class Session:
             if meter is None:
                 yield content
             else:
-                with meter:
-                    yield content
-                self._workload.measured(meter, len(batch.indices))
+                try:
+                    with meter:
+                        yield content
+                finally:  # also when the user breaks out of the loop
+                    self._workload.measured(meter, len(batch.indices))
         self._batch = None
 
     def _may_train(self, batch: Minibatch) -> bool:

@@ -26,13 +26,15 @@ class WorkloadTeller:
     Args:
         tell: Takes the fields of :class:`~smlt_tune.runtime.wire.Workload`; None on workers that
             need not tell.
+        in_job: See :meth:`~smlt_tune.runtime.frameworks.base.Framework.measure`.
 
     Attributes:
         per_sample: Operations, and bytes of activations, of a sample; None before they are known.
     """
 
-    def __init__(self, tell: Callable[..., None] | None) -> None:
+    def __init__(self, tell: Callable[..., None] | None, *, in_job: bool = True) -> None:
         self._tell = tell
+        self._in_job = in_job
         self._tries = MEASURED_ITERATIONS if tell else 0
         self._told: dict[str, Any] = {}
         self.per_sample: tuple[float, float] | None = None
@@ -42,7 +44,7 @@ class WorkloadTeller:
         if not self._tries or self.per_sample or objects is None:
             return None
         self._tries -= 1
-        return objects.measure(batch, in_job=True)
+        return objects.measure(batch, in_job=self._in_job)
 
     def measured(self, meter: Meter, samples: int) -> None:
         """An iteration on so many samples has ended."""

@@ -26,6 +26,13 @@ from safetensors.torch import save as save_tensors
 
 from smlt_tune.errors import InvalidInput, UsageError
 from smlt_tune.runtime.frameworks.base import META, Gradients, Meter, read_meta
+from smlt_tune.runtime.frameworks.torch_features import (
+    common_dtype,
+    floating_buffers,
+    meter_of,
+    real,
+    trained,
+)
 
 #: Marks a tensor's place in the structure of a state dict.
 _TENSOR = "__tensor__"
@@ -105,8 +112,6 @@ class TorchObjects:
         return trained(self._parameters, self._floating_buffers())
 
     def measure(self, batch: Any, *, in_job: bool) -> Meter | None:  # noqa: D102
-        from smlt_tune.runtime.frameworks.torch_features import meter_of
-
         return meter_of(batch, in_job=in_job)
 
     def gradients(self) -> Gradients:  # noqa: D102
@@ -116,8 +121,8 @@ class TorchObjects:
         if any(g.is_sparse for g in gradients):
             raise UsageError("sparse gradients cannot be synchronised: use sparse=False")
         self._buffers = self._floating_buffers()
-        self._sources = [_real(source) for source in [*gradients, *self._buffers]]
-        dtype = _common_dtype(self._sources)
+        self._sources = [real(source) for source in [*gradients, *self._buffers]]
+        dtype = common_dtype(self._sources)
         changed = torch.tensor(self._changed_buffers(), dtype=dtype)
         with torch.no_grad():
             flat = torch.cat([*(s.detach().reshape(-1).to(dtype) for s in self._sources), changed])
@@ -275,43 +280,12 @@ class TorchObjects:
         return states
 
 
-def floating_buffers(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
-    """The buffers of the modules themselves that are synchronised, each once."""
-    found = {id(b): b for m in modules for b in m._buffers.values()}
-    return [b for b in found.values() if b is not None and b.is_floating_point()]
-
-
-def trained(parameters: Iterable[torch.Tensor], buffers: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """How much is trained and synchronised, if every trainable parameter gets a gradient.
-
-    Args:
-        parameters: Each once.
-        buffers: What :func:`floating_buffers` gave.
-
-    Returns:
-        (numbers that are trained, bytes of the vector of :meth:`TorchObjects.gradients`).
-    """
-    trainable, buffers = [p for p in parameters if p.requires_grad], list(buffers)
-    sources = [_real(t.detach()) for t in [*trainable, *buffers]]
-    numbers = sum(source.numel() for source in sources) + len(buffers)
-    return sum(p.numel() for p in trainable), numbers * _common_dtype(sources).itemsize
-
-
-def _common_dtype(sources: Iterable[torch.Tensor]) -> torch.dtype:
-    double = any(source.dtype == torch.float64 for source in sources)
-    return torch.float64 if double else torch.float32
-
-
 def _light(thing: Any) -> Any:
     if isinstance(thing, torch.nn.Module):
         return {n: b.clone() for n, b in thing.named_buffers(remove_duplicate=False)}
     if isinstance(thing, torch.optim.Optimizer):
         return [{k: _clone(v) for k, v in g.items() if k != "params"} for g in thing.param_groups]
     return _clone(thing.state_dict())
-
-
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _merge(thing: Any, state: Any, light: Any) -> Any:

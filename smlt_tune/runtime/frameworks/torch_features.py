@@ -25,7 +25,6 @@ from torch.utils.flop_counter import flop_registry  # noqa: TID253
 
 from smlt_tune.errors import InvalidInput, UsageError
 from smlt_tune.runtime.features import ModelFeatures
-from smlt_tune.runtime.frameworks.torch import floating_buffers, trained
 
 #: Samples of the inputs of a module that must be run with real tensors. Two, because batch norm
 #: refuses to train on one.
@@ -81,11 +80,6 @@ class IterationMeter(dispatch.TorchDispatchMode):  # type: ignore[no-untyped-cal
         self._within_backward = False
         self._batch_bytes = _bytes(tensors_in(batch))
         self._made: dict[int, tuple[Any, int]] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Otherwise the compiler, of some seconds and 100 MB, would be loaded for nothing."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -150,7 +144,7 @@ def meter_of(batch: Any, *, in_job: bool) -> IterationMeter | None:
 
 
 def features_of(model: Any, inputs: tuple[Any, ...]) -> ModelFeatures:
-    """See :func:`smlt_tune.runtime.features.model_features`."""
+    """See :func:`smlt_tune.runtime.dry_run.model_features`."""
     samples = _check(model, inputs)
     parameters, gradient_bytes = trained(model.parameters(), floating_buffers(model.modules()))
     with _same_random_numbers():
@@ -169,6 +163,39 @@ def features_of(model: Any, inputs: tuple[Any, ...]) -> ModelFeatures:
     return ModelFeatures(
         parameters, gradient_bytes, meter.flops / samples, meter.activation_bytes / samples
     )
+
+
+def floating_buffers(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    """The buffers of the modules themselves that are synchronised, each once."""
+    found = {id(b): b for m in modules for b in m._buffers.values()}
+    return [b for b in found.values() if b is not None and b.is_floating_point()]
+
+
+def trained(parameters: Iterable[torch.Tensor], buffers: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """How much is trained and synchronised, if every trainable parameter gets a gradient.
+
+    Args:
+        parameters: Each once.
+        buffers: What :func:`floating_buffers` gave.
+
+    Returns:
+        (numbers that are trained, bytes of the vector of ``TorchObjects.gradients``).
+    """
+    trainable, buffers = [p for p in parameters if p.requires_grad], list(buffers)
+    sources = [real(t.detach()) for t in [*trainable, *buffers]]
+    numbers = sum(source.numel() for source in sources) + len(buffers)
+    return sum(p.numel() for p in trainable), numbers * common_dtype(sources).itemsize
+
+
+def common_dtype(sources: Iterable[torch.Tensor]) -> torch.dtype:
+    """In which they are synchronised."""
+    double = any(source.dtype == torch.float64 for source in sources)
+    return torch.float64 if double else torch.float32
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as real numbers."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

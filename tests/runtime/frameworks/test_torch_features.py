@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from smlt_tune.errors import InvalidInput, UsageError
-from smlt_tune.runtime.features import ModelFeatures, model_features
+from smlt_tune.runtime.dry_run import model_features
+from smlt_tune.runtime.features import ModelFeatures
 from smlt_tune.runtime.frameworks.torch import TorchObjects
 from smlt_tune.runtime.frameworks.torch_features import IterationMeter, tensors_in
 

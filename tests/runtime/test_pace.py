@@ -1,0 +1,97 @@
+from smlt_tune.runtime.pace import CHUNK, Pace
+
+
+def chunk_of(iterations, *, batch_s=1.0):
+    """What is told of iterations: functions that do something at a time, or None."""
+    pace, now = Pace(0.0), 100.0
+    pace.loop_begins(now)
+    for happens in iterations:
+        now += batch_s
+        if happens:
+            now += happens(pace, now) or 0.0
+        pace.trained(now, whole=happens is not half)
+    return pace.take_chunk()
+
+
+def half(pace, now):
+    """A smaller batch at the end of a loop."""
+    return -0.5
+
+
+def waits(pace, now):
+    pace.waited(0.25)
+
+
+def saves(pace, now):
+    pace.saved(30.0)
+    return 30.0
+
+
+def evaluates(pace, now):
+    pace.put_aside(30.0)
+    return 30.0
+
+
+def test_the_first_iteration_of_an_invocation_does_not_count():
+    assert chunk_of([None]) == (0, 0.0, 0.0)
+    assert chunk_of([lambda *_: 50.0, None, None]) == (2, 1.0, 0.0)
+
+
+def test_times_are_medians_and_hold_what_is_waited():
+    assert chunk_of([None, waits, waits, lambda *_: 3.0]) == (3, 1.0, 0.25)
+
+
+def test_disturbed_and_smaller_iterations_do_not_count():
+    assert chunk_of([None, saves, evaluates, half]) == (0, 0.0, 0.0)
+    assert chunk_of([None, saves, None, evaluates, None, half]) == (2, 1.0, 0.0)
+
+
+def test_a_checkpoint_between_two_iterations_disturbs_the_next_one():
+    pace = Pace(0.0)
+    pace.loop_begins(0.0)
+    pace.trained(1.0, whole=True)
+    pace.saved(5.0)
+    pace.trained(7.0, whole=True)
+    assert pace.take_chunk() == (0, 0.0, 0.0)
+    pace.trained(8.0, whole=True)
+    assert pace.take_chunk() == (1, 1.0, 0.0)
+
+
+def test_what_lies_between_two_loops_belongs_to_no_iteration():
+    pace = Pace(0.0)
+    for start_s in (0.0, 100.0):
+        pace.loop_begins(start_s)
+        pace.trained(start_s + 1.0, whole=True)
+        pace.trained(start_s + 2.0, whole=True)
+    assert pace.take_chunk() == (3, 1.0, 0.0)
+
+
+def test_a_chunk_is_told_once_and_bounded():
+    pace = Pace(0.0)
+    for i in range(3 * CHUNK):
+        pace.trained(float(i), whole=True)
+    assert pace.take_chunk()[0] == CHUNK
+    assert pace.take_chunk()[0] == 0
+
+
+def epoch(pace, start_s, *, whole=True):
+    """Of 10 s: two training iterations of 2 s, in one of them a checkpoint of 1 s; the rest."""
+    pace.epoch_begins(start_s, whole=whole)
+    pace.loop_begins(start_s + 1)
+    pace.trained(start_s + 3, whole=True)
+    pace.saved(1.0)
+    pace.trained(start_s + 6, whole=True)
+    return start_s + 10
+
+
+def test_other_share_is_that_of_whole_epochs():
+    pace = Pace(0.0)
+    assert pace.other_share() is None
+    now = epoch(pace, 5.0, whole=False)
+    assert pace.other_share() is None
+    now = epoch(pace, now)
+    assert pace.other_share() is None
+    now = epoch(pace, now)
+    assert pace.other_share() == 6 / 4
+    pace.epoch_begins(now + 4, whole=True)
+    assert pace.other_share() == (6 + 10) / (4 + 4)
