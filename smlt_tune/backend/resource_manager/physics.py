@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 
 from smlt_tune.backend.platforms.base import MB_PER_VCPU
 from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
+from smlt_tune.runtime.features import ModelFeatures
 
 Array = NDArray[np.float64]
 
@@ -101,6 +102,11 @@ class Points:
     def part(self) -> Array:
         """The largest part of a batch that a worker gets, samples."""
         return np.ceil(self.batch / self.workers)
+
+
+def sample_flops(features: ModelFeatures) -> float:
+    """F: counted, or that of dense layers."""
+    return features.flops_per_sample or DENSE_FLOPS * max(1, features.parameters)
 
 
 def free_bandwidth(store: StoreTable, load: float) -> float:

@@ -139,7 +139,9 @@ def test_one_straggler_does_not_spoil_the_rest():
         process = gp.GaussianProcess(MODEL, measurements(at, values, of))
         return process.predict(at, np.zeros(12))[0]
 
-    assert np.abs(predicted(slow) - predicted(ln_s)).max() < 0.1
+    error = np.abs(predicted(slow) - predicted(ln_s))
+    assert error[5] < 0.3  # of 1.5
+    assert np.delete(error, 5).max() < 0.1
 
 
 def test_the_same_data_twice_do_not_make_it_sure_of_another_trial():

@@ -1,0 +1,450 @@
+"""What each allocation would do for the rest of a job, and which of them is best."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smlt_tune.backend.goals import Cheapest, Fastest, Goal
+from smlt_tune.backend.prices import Prices
+from smlt_tune.backend.resource_manager.grid import Grid
+from smlt_tune.backend.resource_manager.memory import Holdings, MemoryModel
+from smlt_tune.backend.resource_manager.observations import (
+    Allocation,
+    Interval,
+    Prediction,
+    Profile,
+    Workload,
+)
+from smlt_tune.backend.resource_manager.physics import (
+    MOVE_S,
+    IterationTime,
+    JobTerms,
+    Points,
+    free_bandwidth,
+    sample_flops,
+)
+from smlt_tune.backend.resource_manager.policy import JobFacts
+from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
+
+if TYPE_CHECKING:
+    from smlt_tune.backend.resource_manager.gaussian_process import GaussianProcess
+
+Array = NDArray[np.float64]
+
+#: Standard deviations by which the goal's limit has to be kept.
+LIMIT_Z = 1.0
+#: Least probability that the memory is enough.
+FITS = 0.95
+#: Weight of what the goal does not ask for: cheapest still prefers the faster of two equals.
+TIE = 0.01
+#: Half-width of a 90 % interval, in standard deviations.
+Z90 = 1.645
+#: Least standard deviation of ln(time) of a whole job.
+JOB_SD = 0.02
+#: What a job of unknown length is assumed to have left, iterations: only ratios matter then.
+UNKNOWN_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """All that a decision about one job can be based on."""
+
+    table: PlatformTable
+    stores: Mapping[str, StoreTable]
+    prices: Prices
+    model: IterationTime
+    near: list[Profile]
+    facts: JobFacts
+
+    @property
+    def workload(self) -> Workload:
+        """Of the job."""
+        assert self.facts.workload is not None
+        return self.facts.workload
+
+    def trials(self) -> dict[str, int]:
+        """Numbers of the jobs; that of this one is 0."""
+        numbers = {self.facts.job_id: 0}
+        for profile in self.near:
+            numbers.setdefault(profile.job_id, len(numbers))
+        return numbers
+
+    def process(self, *, residual: bool) -> "GaussianProcess":
+        """The posterior of the time per iteration."""
+        # Imports torch and gpytorch, which takes seconds the first time.
+        from smlt_tune.backend.resource_manager.gaussian_process import (
+            GaussianProcess,
+            Measurements,
+        )
+
+        numbers = self.trials()
+        timed = [p for p in self.near if not p.out_of_memory and p.iteration_s > 0]
+        grid = Grid.of([p.allocation for p in timed], list(self.stores))
+        measured = Measurements(
+            at=self.points(grid, [p.workload for p in timed]),
+            ln_s=np.log([p.iteration_s for p in timed]),
+            iterations=np.array([float(p.iterations) for p in timed]),
+            trials=np.array([float(numbers[p.job_id]) for p in timed]),
+        )
+        return GaussianProcess(self.model, measured, residual=residual)
+
+    def ln_times(self, process: "GaussianProcess", grid: Grid) -> Array:
+        """Means and standard deviations of ln(time per iteration), shape (2, p)."""
+        return np.stack(process.predict(self.points(grid), np.zeros(len(grid.workers))))
+
+    def memory(self) -> MemoryModel:
+        """The posterior of the peak memory."""
+        numbers = self.trials()
+        seen = [p for p in self.near if p.peak_mb > 0]
+        holdings = _holdings(
+            [p.workload for p in seen],
+            np.array([float(p.allocation.workers) for p in seen]),
+            np.array([float(numbers[p.job_id]) for p in seen]),
+        )
+        return MemoryModel(holdings, [p.peak_mb for p in seen], [p.out_of_memory for p in seen])
+
+    def points(self, grid: Grid, workloads: list[Workload] | None = None) -> Points:
+        """Points of the grid; for this job's workload, or one for each."""
+        size = len(grid.workers)
+        work = [self.workload] if workloads is None else workloads
+        load = self.facts.store_load
+
+        def array(values: list[float]) -> Array:
+            whole = np.array(values, dtype=np.float64)
+            return np.full(size, whole[0]) if workloads is None else whole
+
+        free = [
+            free_bandwidth(t, load.get(name, 0.0) if workloads is None else 0.0)
+            for name, t in self.stores.items()
+        ]
+        return Points(
+            workers=grid.workers,
+            memory_mb=grid.memory_mb,
+            parameters=array([max(1, w.features.parameters) for w in work]),
+            sync_bytes=array([max(1, w.features.gradient_bytes) for w in work]),
+            flops=array([sample_flops(w.features) for w in work]),
+            batch=array([max(1, w.batch) for w in work]),
+            latency_s=np.array([t.latency_s for t in self.stores.values()])[grid.store],
+            store_bandwidth=np.array(free)[grid.store],
+        )
+
+    def iterations_left(self) -> int | None:
+        """Told, or as many samples as siblings of the same function have needed."""
+        facts, work = self.facts, self.workload
+        told = work.iterations if facts.iterations_left is None else facts.iterations_left
+        if told is not None:
+            return told
+        samples = [
+            p.workload.iterations * p.workload.batch
+            for p in self.near
+            if p.workload.iterations and p.workload.function == work.function
+        ]
+        return round(float(np.median(samples)) / max(1, work.batch)) if samples else None
+
+    def other_share(self) -> float:
+        """Told, or that of the nearest siblings."""
+        if self.facts.other_share is not None:
+            return self.facts.other_share
+        work = self.workload
+        seen = [p.other_share for p in self.near if p.workload.function == work.function]
+        return float(np.median(seen[:8])) if seen else 0.0
+
+    def start_s(self) -> float:
+        """From an invocation until its worker trains."""
+        seen = [p.start_s for p in self.near if p.start_s > 0]
+        return float(np.median(seen[:16])) if seen else self.facts.start_s or self.table.start_s
+
+
+def _holdings(workloads: list[Workload], workers: Array, trials: Array) -> Holdings:
+    batch = np.array([float(w.batch) for w in workloads])
+    kept = np.array([w.features.activation_bytes for w in workloads])
+    return Holdings(
+        parameters=np.array([float(w.features.parameters) for w in workloads]),
+        activation_bytes=kept * np.ceil(batch / workers),
+        trials=trials,
+    )
+
+
+class Outlook:
+    """What each of some allocations would do for the rest of a job, and which is best."""
+
+    def __init__(
+        self,
+        known: Knowledge,
+        memory: MemoryModel,
+        grid: Grid,
+        ln_times: Array,
+        current: Allocation | None,
+    ) -> None:
+        self._known = known
+        self._facts = known.facts
+        self._names = list(known.stores)
+        self._grid = grid
+        self.workers, self.memory_mb = grid.workers, grid.memory_mb
+        size = len(grid.workers)
+        self.ln_times = ln_times
+        self._mean, self._sd = ln_times[0], np.sqrt(ln_times[1] ** 2 + JOB_SD**2)
+        holdings = _holdings([known.workload] * size, grid.workers, np.zeros(size))
+        self._fits = memory.fits(holdings, grid.memory_mb)
+        self.own = sum(p.job_id == known.facts.job_id for p in known.near)
+        self.siblings = len(known.near) - self.own
+        self._terms = self._job_terms(current)
+        self.time_s = self._terms.time_s(np.exp(self._mean))
+        self.cost_usd = self._terms.cost_usd(np.exp(self._mean))
+        self.allowed = np.ones(size, dtype=bool)
+
+    def _job_terms(self, current: Allocation | None) -> JobTerms:
+        known, grid, size = self._known, self._grid, len(self._grid.workers)
+        start_s, other = known.start_s(), known.other_share()
+        told = known.iterations_left()
+        stores = list(known.stores.values())
+        whole = JobTerms(
+            iterations=np.full(size, float(UNKNOWN_ITERATIONS if told is None else told)),
+            other_share=other,
+            start_s=start_s,
+            before_s=np.full(size, start_s),
+            before_usd=np.zeros(size),
+            starts=np.ones(size),
+            time_limit_s=self._facts.limits.time_limit_s,
+            workers=grid.workers,
+            memory_mb=grid.memory_mb,
+            gb_second_usd=float(known.prices.gb_second_usd),
+            request_usd=float(known.prices.request_usd),
+            store_usd_per_s=np.array([s.usd_per_hour / 3600.0 for s in stores])[grid.store],
+            store_usd_per_request=np.array([s.usd_per_request for s in stores])[grid.store],
+        )
+        return whole if current is None else self._moving_terms(whole, self.index(current))
+
+    def _moving_terms(self, whole: JobTerms, stay: int) -> JobTerms:
+        """For a job that trains where it is until the functions of its next place are there."""
+        iteration_s = float(np.exp(self._mean[stay])) * (1.0 + whole.other_share)
+        left = whole.iterations[stay]
+        meanwhile = min(whole.start_s / iteration_s, left)
+        per_s = self.workers[stay] * self.memory_mb[stay] / 1024.0 * whole.gb_second_usd
+        others = np.arange(len(self.workers)) != stay
+        return replace(
+            whole,
+            iterations=np.where(others, left - meanwhile, left),
+            before_s=np.where(others, meanwhile * iteration_s + MOVE_S, 0.0),
+            before_usd=np.where(others, meanwhile * iteration_s * per_s, 0.0),
+            starts=np.where(others, 1.0, 0.0),
+        )
+
+    def restrict(self, mask: NDArray[np.bool_]) -> None:
+        """Leaves out what the mask leaves out."""
+        self.allowed = self.allowed & mask
+
+    def index(self, allocation: Allocation) -> int:
+        """Where an allocation is in the grid; it is there."""
+        grid = self._grid
+        store = self._names.index(allocation.store) if allocation.store in self._names else 0
+        same = (grid.workers == allocation.workers) & (grid.memory_mb == allocation.memory_mb)
+        return int(np.flatnonzero(same & (grid.store == store))[0])
+
+    def allocation(self, i: int) -> Allocation:
+        """What stands at a place of the grid."""
+        name = self._names[int(self._grid.store[i])]
+        return Allocation(int(self.workers[i]), int(self.memory_mb[i]), name)
+
+    # --- goals ----------------------------------------------------------------------------------
+
+    @property
+    def _goal(self) -> Goal:
+        return self._facts.goal
+
+    def _limit(self) -> float | None:
+        """What is left of what the goal limits: seconds, or USD."""
+        goal, facts = self._goal, self._facts
+        if isinstance(goal, Cheapest):
+            return None if goal.deadline_s is None else goal.deadline_s - facts.elapsed_s
+        return None if goal.budget_usd is None else goal.budget_usd - facts.spent_usd
+
+    def _limited(self, z: float) -> Array:
+        """What the goal limits, z standard deviations of ln t from the middle."""
+        iteration_s = np.exp(self._mean + z * self._sd)
+        if isinstance(self._goal, Cheapest):
+            return self._terms.time_s(iteration_s)
+        return self._terms.cost_usd(iteration_s)
+
+    def _objective(self, z: float = 0.0) -> Array:
+        """Logarithm of what the goal minimises."""
+        if z == 0.0:
+            time, cost = self.time_s, self.cost_usd
+        else:
+            iteration_s = np.exp(self._mean + z * self._sd)
+            time, cost = self._terms.time_s(iteration_s), self._terms.cost_usd(iteration_s)
+        ln_time, ln_cost = np.log(np.maximum(time, 1e-12)), np.log(np.maximum(cost, 1e-18))
+        if isinstance(self._goal, Cheapest):
+            return ln_cost + TIE * ln_time
+        return ln_time + TIE * ln_cost
+
+    def _measurable(self) -> bool:
+        """Whether time and cost of the rest are known at all."""
+        return self._known.iterations_left() is not None
+
+    def _good(self) -> NDArray[np.bool_]:
+        """What keeps the limit, with something to spare."""
+        limit = self._limit()
+        if limit is None or not self._measurable():
+            return np.ones(len(self.workers), dtype=bool)
+        return np.asarray(self._limited(LIMIT_Z) <= limit)
+
+    def best(self) -> int:
+        """The posterior optimum under both chance constraints, or what comes nearest to them."""
+        fits = self._fits >= FITS
+        possible = self.allowed & fits
+        if not possible.any():  # then what is most likely to fit
+            possible = self.allowed & (self._fits >= self._fits[self.allowed].max() - 1e-3)
+        good = possible & self._good()
+        if good.any():
+            return int(np.argmin(np.where(good, self._objective(), np.inf)))
+        return int(np.argmin(np.where(possible, self._limited(LIMIT_Z), np.inf)))
+
+    def gain(self, new: int, old: int) -> float:
+        """Share of what is left that the new one saves of what the goal minimises."""
+        what = self.cost_usd if isinstance(self._goal, Cheapest) else self.time_s
+        return float(1.0 - what[new] / what[old])
+
+    def limited_high(self, i: int) -> float:
+        """What the goal limits, with something to spare."""
+        return float(self._limited(LIMIT_Z)[i])
+
+    def at_risk(self, i: int) -> bool:
+        """Whether an allocation may break the goal's limit."""
+        return not bool(self._good()[i])
+
+    def most_promising(self) -> int:
+        """Largest constrained expected improvement over the best that is expected now."""
+        from scipy.special import log_ndtr
+
+        mean = self._objective()
+        sd = np.maximum(self._objective(1.0) - mean, 1e-6)
+        best = mean[self.best()]
+        score = np.log(sd) + _log_improvement((best - mean) / sd)
+        score = score + np.log(np.maximum(self._fits, 1e-12))
+        limit = self._limit()
+        if limit is not None and self._measurable():
+            middle = np.log(np.maximum(self._limited(0.0), 1e-18))
+            spread = np.maximum(np.log(np.maximum(self._limited(1.0), 1e-18)) - middle, 1e-6)
+            score = score + log_ndtr((math.log(max(limit, 1e-18)) - middle) / spread)
+        return int(np.argmax(np.where(self.allowed, score, -np.inf)))
+
+    def front(self, most: int = 12) -> list[int]:
+        """What nothing beats in both time and cost, the fastest first; evenly thinned out."""
+        usable = np.flatnonzero(self.allowed & (self._fits >= FITS))
+        if not len(usable):
+            return [self.best()]
+        order = usable[np.lexsort((self.cost_usd[usable], self.time_s[usable]))]
+        cheapest = np.minimum.accumulate(np.concatenate([[np.inf], self.cost_usd[order]]))
+        best = order[self.cost_usd[order] < cheapest[:-1] * (1 - 1e-3)]
+        picked = np.unique(np.linspace(0, len(best) - 1, min(most, len(best))).round())
+        return [int(best[int(i)]) for i in picked]
+
+    # --- words ----------------------------------------------------------------------------------
+
+    def goal_text(self) -> str:
+        """The goal, for people."""
+        goal = self._goal
+        if isinstance(goal, Cheapest):
+            return "cheapest" if goal.deadline_s is None else f"cheapest in {goal.deadline_s:g} s"
+        return "fastest" if goal.budget_usd is None else f"fastest for {goal.budget_usd:g} USD"
+
+    def sources(self) -> str:
+        """What the predictions rest on, for people."""
+        if not self.own and not self.siblings:
+            return "the analytic model alone"
+        return f"{self.own} own and {self.siblings} sibling profiles"
+
+    def prediction(self, i: int) -> Prediction:
+        """With its 90 % intervals."""
+
+        def interval(of: Any) -> Interval:
+            low, mid, high = (
+                float(of(np.exp(self._mean + z * self._sd))[i]) for z in (-Z90, 0.0, Z90)
+            )
+            return Interval(low, mid, high)
+
+        return Prediction(
+            allocation=self.allocation(i),
+            iteration_s=interval(lambda t: t),
+            time_s=interval(self._terms.time_s),
+            cost_usd=interval(self._terms.cost_usd),
+            fits=float(self._fits[i]),
+        )
+
+    def row(self, i: int) -> dict[str, Any]:
+        """In short, as JSON."""
+        where = asdict(self.allocation(i))
+        return {**where, "time_s": float(self.time_s[i]), "cost_usd": float(self.cost_usd[i])}
+
+    def evidence(self, best: int) -> dict[str, Any]:
+        """What a decision rests on, as JSON."""
+        chosen = self.prediction(best)
+        return {
+            "goal": self.goal_text(),
+            "workload": asdict(self._known.workload),
+            "own": self.own,
+            "siblings": self.siblings,
+            "length_known": self._measurable(),
+            "prediction": {
+                "iteration_s": list(asdict(chosen.iteration_s).values()),
+                "time_s": list(asdict(chosen.time_s).values()),
+                "cost_usd": list(asdict(chosen.cost_usd).values()),
+                "fits": chosen.fits,
+            },
+            "alternatives": [self.row(i) for i in self.front(5) if i != best],
+        }
+
+    def verdict(self, best: int) -> tuple[bool, tuple[str, ...]]:
+        """Whether the goal can be reached, and what the user should know."""
+        if not self._measurable():
+            return True, (
+                "nobody knows how many iterations this job has: its time and cost are given for "
+                f"{UNKNOWN_ITERATIONS} of them, and no limit can be checked",
+            )
+        limit = self._limit()
+        if limit is None or self._limited(0.0)[best] <= limit:
+            return True, ()
+        return self._infeasible(best, limit)
+
+    def _infeasible(self, best: int, limit: float) -> tuple[bool, tuple[str, ...]]:
+        lucky = bool((self._limited(-Z90)[self.allowed & (self._fits >= FITS)] <= limit).any())
+        expected = self.prediction(best)
+        at, name = expected.allocation, type(self._goal).__name__
+        what = f"{at.workers} workers of {at.memory_mb} MB"
+        how = "is unlikely to be reached" if lucky else "cannot be reached"
+        if isinstance(self._goal, Fastest):
+            cost = expected.cost_usd
+            return lucky, (
+                f"{name}(budget_usd={self._goal.budget_usd:g}) {how}: the cheapest allocation, "
+                f"{what}, is expected to cost {cost.mid:.6f} USD; "
+                f"Fastest(budget_usd={_up(cost.high)}) would do",
+            )
+        time = expected.time_s
+        return lucky, (
+            f"{name}(deadline_s={self._goal.deadline_s:g}) {how}: the fastest allocation, {what}, "
+            f"is expected to take {time.mid:.1f} s; "
+            f"Cheapest(deadline_s={_up(time.high + self._facts.elapsed_s)}) would do",
+        )
+
+
+def _up(value: float) -> str:
+    """Rounded up to three digits."""
+    step = 10.0 ** (math.floor(math.log10(max(value, 1e-12))) - 2)
+    return f"{math.ceil(value / step) * step:.3g}"
+
+
+def _log_improvement(z: Array) -> Array:
+    """ln(pdf(z) + z cdf(z)) of the standard normal, exact where that underflows."""
+    from scipy.special import erfcx, ndtr
+
+    density = -0.5 * z**2 - 0.5 * math.log(2.0 * math.pi)
+    near = np.log(np.maximum(np.exp(density) + z * ndtr(z), 1e-300))
+    far = np.minimum(z, -1.0)
+    ratio = np.sqrt(0.5 * np.pi) * -far * erfcx(-far / np.sqrt(2.0))
+    small = density + np.log1p(-np.minimum(ratio, 1.0 - 1e-15))
+    return np.where(z > -1.0, near, small)
