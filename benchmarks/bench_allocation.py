@@ -25,11 +25,13 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import common  # noqa: E402
 import numpy as np  # noqa: E402
 from allocation import experiments  # noqa: E402
+from allocation.contextual import ContextualGP  # noqa: E402
 from allocation.peers import PEERS  # noqa: E402
 from allocation.truth import GOALS, LIMITED_GOALS  # noqa: E402
 
 NAMES = {
     **{key: peer.name for key, peer in PEERS.items()},
+    "contextual": ContextualGP.name,
     "analytic": "analytic model only",
     "ours": "physics-informed GP (ours)",
 }
@@ -51,6 +53,9 @@ def tasks(args):
         for name in args.methods:
             if name in PEERS:
                 todo.append((experiments.peer_task, (seed, name, args.ks, constants)))
+            elif name == "contextual":
+                some = [count for count in args.siblings if count]
+                todo.append((experiments.contextual_task, (seed, args.ks, some, constants)))
             else:
                 siblings = (0,) if args.quick and name == "analytic" else args.siblings
                 compared, profiled = (4, (0,)) if args.quick else (12, (0, 3))
@@ -134,8 +139,7 @@ def learning(rows, args):
 def whole_jobs(rows, args):
     """The table of jobs that pay for everything."""
     result = []
-    names = [name for name in ("smlt", *args.methods) if name not in PEERS or name == "smlt"]
-    for name in dict.fromkeys(names):
+    for name in ("smlt", "analytic", "ours"):
         for profiled in (0, 3, RECIPE_RUNS):
             for siblings in args.siblings:
                 here = where(
@@ -197,9 +201,10 @@ def draw(result, args, facts):
         1, 2, figsize=(11.5, 4.8), gridspec_kw={"width_ratios": [1.4, 1]}
     )
     styles = dict(zip(args.siblings, ("-", "--", ":"), strict=False))
-    colours = dict(zip(NAMES, common.COLOURS, strict=True))
+    order = ("ours", *(name for name in NAMES if name != "ours"))
+    colours = dict(zip(order, (*common.COLOURS, "#333333"), strict=True))
     for line in result["learning"]:
-        if line["siblings"] and line["method"] != "ours":
+        if line["siblings"] and line["method"] not in ("contextual", "ours"):
             continue
         label = NAMES[line["method"]] + (
             f", {line['siblings']} siblings" if line["siblings"] else ""
@@ -216,6 +221,7 @@ def draw(result, args, facts):
         )
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
     left.set_xlabel("profiling runs of the job itself (not charged)")
     left.set_ylabel("regret + 2 x overshoot, % (median)")
     left.set_title("Recommendation", loc="left")
@@ -230,7 +236,8 @@ def draw(result, args, facts):
     right.invert_yaxis()
     right.set_xscale("log")
     right.xaxis.set_major_formatter("{x:g}")
-    right.set_xlabel("regret + 2 x overshoot, % (dot: median, tick: 90th percentile)")
+    right.xaxis.set_minor_formatter("")
+    right.set_xlabel("regret + 2 x overshoot, % (dot: median, tick: p90)")
     right.set_title("Whole jobs, every overhead paid", loc="left")
     common.save_figure(fig, "allocation", facts)
 
@@ -243,7 +250,7 @@ def _job_label(line):
 
 def show(result, args):
     """Prints the tables."""
-    common.table(
+    _table(
         (
             *("method", "siblings", *(f"k={k}" for k in args.ks), "broken %", "no memory %"),
             *(f"95 % covers, k={args.ks[0]}/{args.ks[-1]}", "recommend ms", "suggest ms"),
@@ -261,18 +268,16 @@ def show(result, args):
             for line in result["learning"]
         ],
     )
-    print()
-    common.table(
+    _table(
         ("by goal", "siblings", "goal", *(f"k={k}" for k in args.ks)),
         [
             (NAMES[line["method"]], line["siblings"], goal, *(_pair(s) for s in by_k.values()))
             for line in result["learning"]
-            if line["method"] not in PEERS
+            if line["method"] in ("analytic", "ours")
             for goal, by_k in line["by_goal"].items()
         ],
     )
-    print()
-    common.table(
+    _table(
         (
             *("whole job", "profiles", "siblings", "score", *GOALS),
             *("within 10 %", "broken %", "moves", "no memory %"),
@@ -289,24 +294,26 @@ def show(result, args):
             for line in result["whole_jobs"]
         ],
     )
-    if result["stores"]:
+    _table(
+        ("two stores, no profiles", "siblings", "score", "right store %"),
+        [
+            (line["method"], line["siblings"], _pair(line["score"]), _text(line["right"]))
+            for line in result["stores"]
+        ],
+    )
+    _table(
+        ("sibling observations", "first, CPU ms", "review, CPU ms"),
+        [
+            (line["siblings"], _pair(line["first"]), _pair(line["review"]))
+            for line in result["latency"]
+        ],
+    )
+
+
+def _table(head, rows):
+    if rows:
+        common.table(head, rows)
         print()
-        common.table(
-            ("two stores, no profiles", "siblings", "score", "right store %"),
-            [
-                (line["method"], line["siblings"], _pair(line["score"]), _text(line["right"]))
-                for line in result["stores"]
-            ],
-        )
-    if result["latency"]:
-        print()
-        common.table(
-            ("sibling observations", "first, CPU ms", "review, CPU ms"),
-            [
-                (line["siblings"], _pair(line["first"]), _pair(line["review"]))
-                for line in result["latency"]
-            ],
-        )
 
 
 def _digits(value):
@@ -333,7 +340,7 @@ def arguments():
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     args.methods = args.methods or (["analytic", "ours"] if args.quick else list(NAMES))
-    args.families = args.families or (15 if args.quick else 24)
+    args.families = args.families or (15 if args.quick else 20)
     args.siblings = args.siblings or list(QUICK_SIBLINGS if args.quick else SIBLINGS)
     args.ks = args.ks or (list(KS[:4]) if args.quick else list(KS))
     return args
@@ -358,7 +365,7 @@ def main():
     common.save("allocation", facts, result)
     draw(result, args, facts)
     show(result, args)
-    print(f"\n{args.families} families, seed {args.seed}, {result['wall_s']} s")
+    print(f"{args.families} families, seed {args.seed}, {result['wall_s']} s")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ import time
 from dataclasses import replace
 
 import numpy as np
+from allocation import contextual
 from allocation.ours import LiveJob, Ours, facts_of, history, new_manager, profile_run
-from allocation.peers import PEERS, Problem
+from allocation.peers import PEERS
 from allocation.truth import (
     GOALS,
     MAX_MB,
     MAX_WORKERS,
     MIN_MB,
-    PRICES,
     Allocation,
     Case,
     Family,
@@ -47,7 +47,7 @@ def peer_task(seed, name, ks, constants):
     family, rows = Family(seed), []
     for number in range(len(GOALS)):
         case = test_case(family, number)
-        problem = Problem(facts_of(case), family.table, family.stores, PRICES, constants[case.kind])
+        problem = contextual.problem_of(case, constants)
         method = PEERS[name](problem, np.random.default_rng([seed, 5, number]))
         rows += _learning(method, case, ks, {"method": name, "siblings": 0})
     return rows
@@ -85,13 +85,32 @@ def manager_task(seed, name, ks, siblings, compared, profiled):
     return rows
 
 
+def contextual_task(seed, ks, siblings, constants):
+    """A GP without physics that knows siblings, on all cases of a family."""
+    _one_thread()
+    family, rows = Family(seed), []
+    seen, models = contextual.history(family, max(siblings), constants)
+    for number in range(len(GOALS)):
+        case = test_case(family, number)
+        for count in siblings:
+            known = [profile for job in seen[:count] for profile in job]
+            method = contextual.ContextualGP(
+                contextual.problem_of(case, constants),
+                np.random.default_rng([seed, 5, number]),
+                known,
+                models[count - 1],
+            )
+            rows += _learning(method, case, ks, {"method": "contextual", "siblings": count})
+    return rows
+
+
 def recipe_task(seed, runs, constants):
     """Whole jobs by the SMLT recipe: profile, then run on the best of what was seen."""
     _one_thread()
     family, rows = Family(seed), []
     for number in range(len(GOALS)):
         case = test_case(family, number)
-        problem = Problem(facts_of(case), family.table, family.stores, PRICES, constants[case.kind])
+        problem = contextual.problem_of(case, constants)
         method = PEERS["smlt"](problem, np.random.default_rng([seed, 5, number]))
         rng, paid = np.random.default_rng([seed, 6, number]), np.zeros(2)
 

@@ -213,7 +213,7 @@ class LogGP(Peer):
         return self._posterior(np.asarray(workers, float), np.asarray(memory_mb, float))
 
     def recommend(self):
-        if np.isfinite(self.iteration_s).sum() < _INITIAL:
+        if not self._ready():
             return super().recommend()
         mean, deviation = self._posterior(self.pool_workers, self.pool_mb)
         a, b, _, _ = self._lines(self.pool_workers, self.pool_mb)
@@ -238,6 +238,9 @@ class LogGP(Peer):
             score = score + _log_ei(equal - mean, deviation)
         score[self._short(self.pool_workers, self.pool_mb)] = -np.inf
         return self._at(np.argmax(score))
+
+    def _ready(self):
+        return np.isfinite(self.iteration_s).sum() >= _INITIAL
 
     def _ln_limit(self):
         """Of the time per iteration with which the limit is just kept."""
