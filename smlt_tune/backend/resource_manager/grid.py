@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlt_tune.backend.resource_manager.observations import Allocation
-from smlt_tune.backend.resource_manager.policy import JobFacts, most_workers
+from smlt_tune.backend.resource_manager.policy import JobFacts, memory_range, most_workers
 from smlt_tune.backend.resource_manager.tables import PlatformTable
 
 Array = NDArray[np.float64]
@@ -82,13 +82,6 @@ def _memory_sizes(facts: JobFacts, table: PlatformTable) -> list[int]:
         size *= MEMORY_STEP
         sizes.add(min(high, round(size)))
     return sorted(sizes)
-
-
-def memory_range(facts: JobFacts) -> tuple[int, int]:
-    """Smallest and largest memory to choose from, MB."""
-    bounds, limits = facts.bounds, facts.limits
-    low = max(limits.min_memory_mb, bounds.min_memory_mb or 0)
-    return low, max(low, min(limits.max_memory_mb, bounds.max_memory_mb or limits.max_memory_mb))
 
 
 def around(grid: Grid, best: int, facts: JobFacts) -> Grid:
