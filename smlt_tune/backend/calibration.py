@@ -11,7 +11,8 @@
 
 All is repeated in rounds, so that a disturbance hits one round and not one figure, and the median
 counts. Where a function has at most one core, its quota binds, and speed is taken per CPU second
-times its cores: that is blind to whoever else uses the machine. Elsewhere the fastest round counts.
+times its cores: that is blind to whoever else uses the machine. What can only be had by the wall
+(speed elsewhere, w, W) is that of the fastest round, as others make it slower, never faster.
 
 Between the measured sizes speed follows the platform's law (see ``platform_tables``), times what
 was measured over the law at the nearest size with as many threads.
@@ -204,7 +205,6 @@ class _Bench:
                     found[size].append(self._rate(sample, size))
         if not found:
             raise PlatformError("functions of no size had memory enough for a small network")
-        # Whoever else uses the machine makes what is timed by the wall slower, never faster.
         rates = {
             size: statistics.median(samples) if self._quota_binds(size) else max(samples)
             for size, samples in found.items()
@@ -231,9 +231,8 @@ class _Bench:
         ]
         found = _StoreTimes(
             latency_s=statistics.median(s["latency_s"] for s in alone),
-            # What others take away in a round, the store could have moved in it.
             bandwidth=max(s["bytes"] / s["wall_s"] for s in alone + together),
-            link=1.0 / statistics.median(waits),
+            link=1.0 / min(waits),
             handling_s=statistics.median(handling or [s["cpu_s"] / s["bytes"] for s in alone])
             / self._cores(MB_PER_VCPU),
         )
