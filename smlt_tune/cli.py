@@ -91,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--out", metavar="DIR", type=Path, help="folder of the report (NAME-report by default)"
     )
+    sweep.add_argument(
+        "--project", metavar="DIR", type=Path,
+        help="folder in which measurements are kept, for later sweeps and plans",
+    )  # fmt: skip
     _add_plan(commands)
     _add_calibrate(commands)
     explain = commands.add_parser("explain", help="tell why jobs had the allocations they had")
@@ -201,10 +205,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
     }
     sweep = replace(sweep, **{name: value for name, value in given.items() if value is not None})
-    return _run(sweep, arguments.out or Path(f"{sweep.name}-report"))
+    return _run(sweep, arguments.out or Path(f"{sweep.name}-report"), arguments.project)
 
 
-def _run(sweep: "Sweep", out: Path) -> int:
+def _run(sweep: "Sweep", out: Path, project: Path | None) -> int:
     """Runs the sweep, frees everything whatever happens, then tells how it went."""
     from smlt_tune.backend.fleet import Fleet
     from smlt_tune.backend.sweeps.board import Board, best
@@ -218,6 +222,7 @@ def _run(sweep: "Sweep", out: Path) -> int:
             platform=platform,
             budget_usd=sweep.budget_usd,
             deadline_s=sweep.deadline_s,
+            project=project,
         )
         board = Board(sweep, fleet)
         terminal = Terminal(board, fleet)

@@ -44,10 +44,10 @@ class LedgerFleet(FakeFleet):
     path = None
     made = ()
 
-    def __init__(self, *, platform, budget_usd, deadline_s):
+    def __init__(self, *, platform, budget_usd, deadline_s, project=None):
         platform.close()
         super().__init__(self.path, budget_steps=budget_usd and int(budget_usd / 0.001))
-        self.budget_usd, self.deadline_s = budget_usd, deadline_s
+        self.budget_usd, self.deadline_s, self.project = budget_usd, deadline_s, project
         type(self).made = (*self.made, self)
 
     def __enter__(self):
@@ -114,9 +114,10 @@ def test_the_same_seed_draws_the_same_configurations(folder):
 
 
 def test_arguments_override_the_file(folder):
-    cli.main(["sweep", "sweep.yaml", "--budget", "0.5", "--deadline", "2m", "--trials", "1"])
+    given = ["--budget", "0.5", "--deadline", "2m", "--trials", "1", "--project", "kept"]
+    cli.main(["sweep", "sweep.yaml", *given])
     (fleet,) = LedgerFleet.made
-    assert (fleet.budget_usd, fleet.deadline_s) == (0.5, 120)
+    assert (fleet.budget_usd, fleet.deadline_s, str(fleet.project)) == (0.5, 120, "kept")
     assert len(fleet.jobs()) == 1
     assert fleet.closed
 
