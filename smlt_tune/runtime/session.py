@@ -252,7 +252,8 @@ class Session:
         Args:
             dataset: Anything with ``__len__`` and ``__getitem__``, an array, a tuple of arrays, or
                 the name of a data set that was uploaded to the fleet.
-            batch_size: Global batch size, or a function that gives it for an epoch.
+            batch_size: Global batch size, or a function that gives it for an epoch. That is also
+                asked about epochs to come, so that the job's length is known.
             shuffle: Visit the samples in random order, another one each epoch, the same on every
                 worker.
             drop_last: Leave out the last batch if it is smaller.

@@ -27,9 +27,11 @@ from safetensors.torch import save as save_tensors
 from smlt_tune.errors import InvalidInput, UsageError
 from smlt_tune.runtime.frameworks.base import META, Gradients, Meter, read_meta
 from smlt_tune.runtime.frameworks.torch_features import (
+    IterationMeter,
     common_dtype,
+    compiled_frames,
     floating_buffers,
-    meter_of,
+    job_meter,
     real,
     trained,
 )
@@ -66,6 +68,7 @@ class TorchObjects:
         self._all: list[Any] | None = None
         self._kept_gradients: dict[int, torch.Tensor] = {}
         self._versions: list[int] = []
+        self._compiled = compiled_frames()
 
     def add(self, objects: tuple[Any, ...]) -> None:  # noqa: D102
         mistakes = [
@@ -112,7 +115,7 @@ class TorchObjects:
         return trained(self._parameters, self._floating_buffers())
 
     def measure(self, batch: Any, *, in_job: bool) -> Meter | None:  # noqa: D102
-        return meter_of(batch, in_job=in_job)
+        return job_meter(batch, self._compiled) if in_job else IterationMeter(batch)
 
     def gradients(self) -> Gradients:  # noqa: D102
         touched = [n for n in sorted(self._touched) if self._parameters[n].grad is not None]

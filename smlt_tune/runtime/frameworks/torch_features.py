@@ -78,8 +78,12 @@ class IterationMeter(dispatch.TorchDispatchMode):  # type: ignore[no-untyped-cal
         self.activation_bytes = 0
         self.backward = self.failed = False
         self._within_backward = False
-        self._batch_bytes = _bytes(tensors_in(batch))
+        self._batch_bytes = 0
         self._made: dict[int, tuple[Any, int]] = {}
+        try:
+            self._batch_bytes = _bytes(tensors_in(batch))
+        except Exception:  # noqa: BLE001 - tensors without storage, objects of the user
+            self.failed = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -118,7 +122,15 @@ class JobMeter(IterationMeter):  # type: ignore[no-untyped-call]
     """Measures an iteration whose results count: whatever was compiled stays compiled.
 
     What compiled code does cannot be seen, so that nothing is known of a program that has any.
+
+    Args:
+        batch: See above.
+        compiled: What :func:`compiled_frames` gave when the program began.
     """
+
+    def __init__(self, batch: Any, compiled: int) -> None:
+        super().__init__(batch)
+        self._compiled = compiled
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -127,20 +139,22 @@ class JobMeter(IterationMeter):  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        if dynamo is not None and dynamo.counters["frames"]["ok"]:
-            self.failed = True
+        self.failed = self.failed or compiled_frames() != self._compiled
 
 
-def meter_of(batch: Any, *, in_job: bool) -> IterationMeter | None:
-    """See :meth:`smlt_tune.runtime.frameworks.base.Framework.measure`."""
-    if not in_job:
-        return IterationMeter(batch)
+def compiled_frames() -> int:
+    """How many functions ``torch.compile`` has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["frames"]["ok"]) if dynamo else 0
+
+
+def job_meter(batch: Any, compiled: int) -> JobMeter | None:
+    """A meter for an iteration of a job; None where measuring could change its results."""
     if not hasattr(dispatch.TorchDispatchMode, "ignore_compile_internals"):
         return None  # an older PyTorch runs nothing compiled under a mode
     if dispatch._get_current_dispatch_mode() is not None:
         return None  # the user measures something
-    return JobMeter(batch)
+    return JobMeter(batch, compiled)
 
 
 def features_of(model: Any, inputs: tuple[Any, ...]) -> ModelFeatures:
@@ -199,17 +213,20 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors in a structure of containers and of objects with attributes, each once."""
+    """All tensors in a structure of containers and of objects with attributes, each once.
+
+    In their order in the structure.
+    """
     found: dict[int, torch.Tensor] = {}
     seen: set[int] = set()
     left = [value]
     while left:
-        each = left.pop(0)
+        each = left.pop()
         if isinstance(each, torch.Tensor):
             found[id(each)] = each
         elif id(each) not in seen and not isinstance(each, type | torch.nn.Module):
             seen.add(id(each))
-            left[:0] = _parts(each)
+            left += reversed(list(_parts(each)))
     return list(found.values())
 
 

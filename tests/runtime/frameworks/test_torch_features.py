@@ -326,6 +326,19 @@ class TestMeter:
             kept.append(meter.activation_bytes)
         assert kept[1] < kept[0] / 4
 
+    @pytest.mark.parametrize("batch", [torch.eye(3).to_sparse(), {"x": [torch.eye(3).to_sparse()]}])
+    def test_a_batch_of_an_unknown_kind_does_not_disturb(self, batch):
+        meter = IterationMeter(batch)
+        with meter:
+            assert torch.ones(3).sum() == 3
+        assert meter.failed
+
+    def test_tensors_are_found_in_cycles_and_long_lists(self):
+        value = Output(torch.ones(2), [0.5] * 100_000)
+        value.loss.append(value)
+        value.loss.append(torch.ones(3))
+        assert [len(t) for t in tensors_in((value, value.logits))] == [2, 3]
+
     def test_an_operator_of_an_unknown_kind_does_not_disturb(self):
         meter = IterationMeter()
         with meter:
