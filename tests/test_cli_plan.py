@@ -29,6 +29,8 @@ config: {epochs: 3}
 platform: inline
 """
 
+really_measure = planning.measure
+
 
 class Watched(InlinePlatform):
     """Remembers its instances, to look at their bills."""
@@ -95,6 +97,43 @@ def test_a_function_gets_a_recommendation_and_a_front(folder, capsys):
     assert [one["time_s"]["mid"] for one in told["front"]] == sorted(
         one["time_s"]["mid"] for one in told["front"]
     )
+
+
+REAL = """\
+import torch
+import smlt_tune as smlt
+
+def train(config):
+    session = smlt.session()
+    model = helper(config["width"])
+    model, optimizer = session.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in session.epochs(3):
+        for (x,) in session.batches((torch.zeros(80, 4),), batch_size=20):
+            model(x).sum().backward()
+            optimizer.step()
+
+def helper(width):
+    return torch.nn.Linear(4, width)
+"""
+
+
+def test_a_function_of_a_file_is_run_dry_and_nothing_else(folder, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "measure", really_measure)
+    (folder / "real.py").write_text(REAL)
+    assert plan("real.py:train", "--config", '{"width": 7}', "--platform", "inline") == 0
+    out = capsys.readouterr().out
+    assert "35 parameters" in out
+    assert "12 iterations of 20 samples" in out
+    assert plan("real.py:train", "--platform", "inline") == 1
+    err = capsys.readouterr().err
+    assert 'model = helper(config["width"])' in err
+    assert "smlt: TrainingFunctionError: KeyError: 'width'" in err
+
+
+def test_a_file_that_cannot_be_written_is_an_error(folder, capsys):
+    (folder / "plan.json").mkdir()
+    assert function("--out", "plan.json") == 2
+    assert "--out plan.json: cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_pins_and_bounds_hold(folder):

@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 
 import cloudpickle
 
+import smlt_tune
 from smlt_tune.backend.artifact_manager import pickled
 from smlt_tune.errors import FunctionLost, SmltError, TrainingFunctionError
 
@@ -128,7 +129,7 @@ def _die_with_client(connection: Connection) -> None:
 
 def _users_part(error: BaseException) -> str:
     """The traceback without this package's own frames at its beginning."""
-    trace, own = error.__traceback__, f"{os.sep}smlt_tune{os.sep}"
-    while trace is not None and own in trace.tb_frame.f_code.co_filename:
+    trace, own = error.__traceback__, os.path.dirname(smlt_tune.__file__) + os.sep
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(own):
         trace = trace.tb_next
     return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__))

@@ -246,7 +246,10 @@ def _out_mistakes(files: Sequence[Path]) -> list[str]:
 
 def _write(files: Sequence[Path], picture: plan_plot.Picture, content: Mapping[str, Any]) -> None:
     for path in files:
-        if path.suffix == ".json":
-            path.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-        else:
-            plan_plot.write(picture, path)
+        try:
+            if path.suffix == ".json":
+                path.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+            else:
+                plan_plot.write(picture, path)
+        except OSError as error:
+            raise InvalidInput(f"--out {path}: cannot be written: {error.strerror}") from error
