@@ -128,6 +128,7 @@ class Adaptation:
         """For a job that runs; None to stay with what it has."""
         current = job.current
         assert current is not None
+        self._due.pop(job.job_id, None)
         measurement = job.measurements.get(_key(job.workload, current))
         if measurement is not None and measurement.iterations:
             job.iteration_s = self._tell(measurement).iteration_s  # it decides on the newest
@@ -211,7 +212,8 @@ class Adaptation:
         if not occasion or not self._may_change(job):
             return
         if occasion == "workload":  # whatever it has now was meant for something else
-            self._due = {job.job_id: occasion} | self._due
+            self._due.pop(job.job_id, None)
+            self._due = {job.job_id: occasion, **self._due}
         self._due.setdefault(job.job_id, occasion)
 
     def generation_over(self, job: Record, generation: Generation) -> None:
