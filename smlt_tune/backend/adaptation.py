@@ -27,7 +27,12 @@ from smlt_tune.backend.goals import Cheapest, Fastest
 from smlt_tune.backend.job import DecisionRecord
 from smlt_tune.backend.late_policy import planner
 from smlt_tune.backend.measurements import Measurement
-from smlt_tune.backend.resource_manager.observations import Decision, Profile, Workload
+from smlt_tune.backend.resource_manager.observations import (
+    DEFAULT_STORE,
+    Decision,
+    Profile,
+    Workload,
+)
 from smlt_tune.backend.resource_manager.policy import (
     AllocationPolicy,
     JobFacts,
@@ -97,7 +102,7 @@ class Adaptation:
 
     def first(self, job: Record, facts: JobFacts, occasion: str) -> Decision:
         """For a job that has no functions."""
-        decision = self._ask(lambda policy: policy.first(facts))
+        decision = _on_usable_store(self._ask(lambda policy: policy.first(facts)), facts)
         self._decided(job, decision, occasion)
         return decision
 
@@ -120,8 +125,10 @@ class Adaptation:
             self._ask(lambda policy: policy.observe(profile))
             self._keep(job, profile)
         decision = self._ask(lambda policy: policy.after_out_of_memory(facts, peak_mb))
-        if decision is not None:
-            self._decided(job, decision, "out of memory")
+        if decision is None:
+            return None
+        decision = _on_usable_store(decision, facts)
+        self._decided(job, decision, "out of memory")
         return decision
 
     def review(self, job: Record, facts: JobFacts, occasion: str) -> Decision | None:
@@ -134,6 +141,8 @@ class Adaptation:
             job.iteration_s = self._tell(measurement).iteration_s  # it decides on the newest
             measurement.decided()
         decision = self._ask(lambda policy: policy.review(facts))
+        if decision is not None:
+            decision = _on_usable_store(decision, facts)
         now = self._clock.monotonic()
         self._review_after_s = now + REVIEW_PAUSE_S
         if not job.reviewed_s:
@@ -303,6 +312,13 @@ class Adaptation:
             return
         if plan is not None and not plan.feasible:
             _LOG.warning("job %s: %s", facts.job_id, " ".join(plan.notes))
+
+
+def _on_usable_store(decision: Decision, facts: JobFacts) -> Decision:
+    """A policy may not know that a store does not answer any more."""
+    if decision.allocation.store in facts.stores:
+        return decision
+    return replace(decision, allocation=replace(decision.allocation, store=DEFAULT_STORE))
 
 
 def _key(workload: Workload | None, generation: Generation) -> Any:

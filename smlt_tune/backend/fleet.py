@@ -22,7 +22,7 @@ from typing import Any, Self
 from smlt_tune.backend.artifact_manager import ArtifactManager
 from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.backend.goals import Cheapest, Fastest, Goal
-from smlt_tune.backend.gradient_stores import GradientStores, read_given
+from smlt_tune.backend.gradient_stores import BACK, GONE, GradientStores, read_given
 from smlt_tune.backend.history import History, HistoryEvent
 from smlt_tune.backend.job import (
     AllocationRecord,
@@ -530,8 +530,11 @@ class Fleet:
     def _watch(self) -> None:
         """A thread of its own: a store that does not answer must not delay events."""
         while self._threads[0].is_alive():
-            for name in self._gradients.restarted():
-                self._queue.put(partial(self._scheduler.store_lost, name))
+            for name, what in self._gradients.changes():
+                if what != BACK:
+                    _LOG.warning("the parameter store %s: %s", name, what)
+                gone = {GONE: self._scheduler.store_gone, BACK: self._scheduler.store_back}
+                self._queue.put(partial(gone.get(what, self._scheduler.store_lost), name))
             self._clock.sleep(READ_S)
 
     # --- history ----------------------------------------------------------------------------------

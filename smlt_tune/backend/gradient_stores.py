@@ -16,6 +16,8 @@ from smlt_tune.runtime.stores.opening import open_parameter_store
 
 _LOG = logging.getLogger(__name__)
 
+#: A store has lost what it held, does not answer, or answers again with all that it held.
+RESTARTED, GONE, BACK = "restarted", "gone", "back"
 #: How long a request of the client may take before the store counts as out of reach, in seconds.
 RETRY_S = 3.0
 
@@ -54,6 +56,7 @@ class GradientStores:
         self.urls = {name: url for name, (url, _) in given.items()}
         self.connections: dict[str, ParameterStore] = {}
         self._servers: dict[str, str] = {}
+        self._silent: set[str] = set()
         self._costs: dict[str, StoreCosts] = {}
         for name, (url, row) in given.items():
             store = stack.enter_context(closing(open_parameter_store(url, retry_s=RETRY_S)))
@@ -87,17 +90,23 @@ class GradientStores:
         for costs in self._costs.values():
             costs.end()
 
-    def restarted(self) -> list[str]:
-        """Names of the stores whose servers were started anew since the last call."""
+    def changes(self) -> list[tuple[str, str]]:
+        """What has happened to stores since the last call: name and one of the three constants."""
         found = []
         for name, store in self.connections.items():
             try:
                 server = store.server_id()
             except StoreUnavailable:
-                continue  # its workers will say so, if there are any
+                if name not in self._silent:
+                    self._silent.add(name)
+                    found.append((name, GONE))
+                continue
             if server != self._servers[name]:
-                self._servers[name] = server
-                found.append(name)
+                found.append((name, RESTARTED))
+            elif name in self._silent:
+                found.append((name, BACK))
+            self._servers[name] = server
+            self._silent.discard(name)
         return found
 
     def clean_up(self, prefix: str) -> None:

@@ -157,6 +157,7 @@ class TaskScheduler:
         self._on_done = on_done
         self._datasets = datasets
         self._gradient_stores = dict(gradient_stores or {})
+        self._silent_stores: set[str] = set()
         self._rent = rent
         self._keys = keys.FleetKeys(settings.fleet)
         self._jobs: dict[str, Record] = {}
@@ -335,11 +336,31 @@ class TaskScheduler:
         everybody = name == DEFAULT_STORE
         if everybody:
             self._store_is_gone = False
+        self._silent_stores.discard(name)
         for job in list(self._active.values()):
             hit = any(everybody or g.allocation.store == name for g in job.generations)
             if hit and not job.ending:
                 self._roll_back(job, "the parameter store was restarted", strike=False)
         self._admit()
+
+    def store_gone(self, name: str) -> None:
+        """A store for gradients does not answer: whoever is free to goes on without it."""
+        self._silent_stores.add(name)
+        for job_id in self.users(name):
+            job = self._active[job_id]
+            wanted = job.heading_for
+            if job.ending or wanted is None or job.state.spec.bounds.store == name:
+                continue
+            moved = Decision(replace(wanted, store=DEFAULT_STORE), "")
+            if job.generations:
+                self._roll_back(job, f"{name} does not answer", decision=moved, strike=False)
+            elif job.plan:
+                job.plan.allocation = moved.allocation
+        self._admit()
+
+    def store_back(self, name: str) -> None:
+        """It answers again, and has lost nothing."""
+        self._silent_stores.discard(name)
 
     def abandon(self, error: Exception) -> None:
         """Something that all jobs need has failed for good: they cannot go on."""
@@ -870,8 +891,9 @@ class TaskScheduler:
             self.abandon(error)
 
     def _forget_gradients(self, generation: Generation, prefix: str) -> None:
-        store = self._gradient_stores.get(generation.allocation.store)
-        if store is not None:
+        name = generation.allocation.store
+        store = self._gradient_stores.get(name)
+        if store is not None and name not in self._silent_stores:
             try:
                 store.delete_prefix(prefix)
             except StoreUnavailable as error:
@@ -990,8 +1012,13 @@ class TaskScheduler:
             functions=self._shares()(job),
             start_s=self._ready_s,
             store_load=self._store_load(job),
-            stores=(DEFAULT_STORE, *self._gradient_stores),
+            stores=self._usable_stores(spec.bounds.store),
         )
+
+    def _usable_stores(self, pinned: str | None) -> tuple[str, ...]:
+        """Those that answer, and the one that the user insists on."""
+        names = (DEFAULT_STORE, *self._gradient_stores)
+        return tuple(n for n in names if n == pinned or n not in self._silent_stores)
 
     def _shares(self) -> Callable[[Record], int]:
         """How many functions each job may take: its fair share, or all that nobody uses.

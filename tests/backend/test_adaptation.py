@@ -642,3 +642,33 @@ def test_who_uses_a_store(stores, policy):
     stores.scheduler.stop("a", "enough")
     stores.end_all("a", ending="cancelled")
     assert stores.scheduler.users("fast") == []
+
+
+def test_jobs_leave_a_store_that_does_not_answer_unless_they_are_pinned_to_it(stores, policy):
+    on(stores, policy, "fast")
+    stores.train(workers=2)
+    key = stores.save()
+    pinned = stores.submit("b", 1, 1024, store="fast")
+    stores.train("b")
+    policy.choice = Decision(Allocation(6, 1024, "fast"), "")
+    waiting = submit(stores, "c")
+    stores.scheduler.store_gone("fast")
+    stores.end_all("a", 0, "cancelled")
+    stores.train("a", workers=2, generation=1)
+    assert stores.start("a", 1) == key
+    assert [a.store for a in stores.states["a"].allocations] == ["fast", "default"]
+    assert len(pinned.allocations) == 1
+    policy.choice = Decision(SMALL, "")
+    policy.answer = Decision(Allocation(2, 2048, "fast"), "it does not know")
+    stores.workload("a", generation=1)
+    stores.progress("a", generation=1)
+    look(stores)
+    assert policy.asked[-1].stores == ("default", "dear")
+    assert stores.states["a"].allocations[-1].store == "default"
+    for job in "ab":
+        stores.scheduler.stop(job, "enough")
+        stores.end_all(job, ending="cancelled")
+    assert waiting.allocations[0].store == "default"
+    stores.scheduler.store_back("fast")
+    on(stores, policy, "fast", "d")
+    assert policy.asked[-1].stores == ("default", "fast", "dear")

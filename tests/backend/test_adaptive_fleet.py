@@ -155,6 +155,28 @@ def test_another_store_that_is_killed_and_comes_back_empty(
     assert len(other.result(120).allocations) == 1  # it has nothing to do with that store
 
 
+class Elsewhere(PinnedOrDefault):
+    """Has a liking for the second store."""
+
+    def first(self, facts):
+        decision = super().first(facts)
+        return replace(decision, allocation=replace(decision.allocation, store="second"))
+
+
+def test_a_job_leaves_a_store_that_does_not_answer(platform, second, tmp_path, undisturbed):
+    options = {"policy": Elsewhere(), "parameter_stores": {"second": second.url}}
+    with smlt.Fleet(platform=platform, **options) as fleet:
+        job = submit(fleet, tmp_path, store=None)
+        os.kill(second.pid, signal.SIGSTOP)
+        try:
+            outcome = job.result(120)
+        finally:
+            os.kill(second.pid, signal.SIGCONT)
+    assert outcome.value == undisturbed
+    assert [a.store for a in outcome.allocations] == ["second", "default"]
+    assert outcome.allocations[-1].reason == "second does not answer"
+
+
 def test_a_dead_worker_is_replaced_by_survivors_who_add_up_elsewhere(
     two_stores, tmp_path, undisturbed
 ):

@@ -1119,7 +1119,13 @@ class Simulation:
             world.store.values.clear()
             world.scheduler.store_lost()
         elif what < 0.29:
-            world.scheduler.store_lost("fast")
+            chance.choice(
+                [
+                    world.scheduler.store_lost,
+                    world.scheduler.store_gone,
+                    world.scheduler.store_back,
+                ]
+            )("fast")
         elif what < 0.33:
             world.platform.room = chance.choice([0, 1, 100])
         elif what < 0.4 and len(world.states) < 6:
