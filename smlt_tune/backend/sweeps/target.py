@@ -8,8 +8,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cloudpickle
-
 from smlt_tune.backend.sweeps.document import Mistake, did_you_mean
 
 Train = Callable[[Any], Any]
@@ -55,7 +53,6 @@ def _from_file(path: Path) -> ModuleType:
     except Exception as error:  # whatever the user's file raises
         del sys.modules[name]
         raise Mistake(f"{path} cannot be imported: {_say(error)}") from error
-    cloudpickle.register_pickle_by_value(module)
     return module
 
 
@@ -63,12 +60,9 @@ def _from_name(name: str) -> ModuleType:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except Exception as error:  # whatever the user's module raises
         raise Mistake(f"module {name} cannot be imported: {_say(error)}") from error
-    if "site-packages" not in str(getattr(module, "__file__", None) or "site-packages"):
-        cloudpickle.register_pickle_by_value(module)
-    return module
 
 
 def _say(error: Exception) -> str:
