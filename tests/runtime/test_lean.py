@@ -1,7 +1,10 @@
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = (
+    "torch",
     "ray",
     "optuna",
     "nni",
@@ -14,10 +17,11 @@ HEAVY = (
 )
 
 
-def test_the_entry_of_a_function_loads_nothing_heavy():
+@pytest.mark.parametrize("module", ["worker", "dry_run"])
+def test_the_entries_of_the_runtime_load_nothing_heavy(module):
     """What import-linter cannot see: what is loaded on the way, by packages and by libraries."""
-    code = "import sys, smlt_tune.runtime.worker; print(*sorted(sys.modules))"
+    code = f"import sys, smlt_tune.runtime.{module}; print(*sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = out.stdout.split()
-    assert "smlt_tune.runtime.worker" in loaded
+    assert f"smlt_tune.runtime.{module}" in loaded
     assert [m for m in loaded if any(m == h or m.startswith(f"{h}.") for h in HEAVY)] == []
