@@ -830,7 +830,7 @@ class TaskScheduler:
                     job.plan.allocation,
                     workers=min(job.plan.allocation.workers, current.allocation.workers),
                 )
-                self._make_room(job, current, job.plan)
+            self._make_room(job, current, job.plan)
             return
         if job.resize_to is None and ending:
             decision = None
@@ -846,6 +846,9 @@ class TaskScheduler:
 
     def _make_room(self, job: Record, current: Generation, plan: Planned) -> None:
         """Invokes the next generation, or lets the old go first where both have no room."""
+        grows = plan.allocation.workers > plan.held
+        if grows and any(j.plan and not j.generations for j in self._active.values()):
+            return  # others wait for functions: it trains on until they have begun
         if plan.allocation.workers > self._free_functions():
             self._ask_to_leave(job, current)
         else:

@@ -543,6 +543,21 @@ def test_a_job_that_grows_behind_a_larger_one_trains_on_and_is_relaunched_in_tim
     assert not world.running("b")
 
 
+def test_a_job_that_grows_gives_nothing_up_while_others_wait(world, policy):
+    quiet(world, policy)
+    policy.choice = Decision(Allocation(7, 1024), "large")
+    submit(world, "b")
+    world.scheduler.resize("a", 8, None)  # more than is free: its two have to go first
+    world.after(1.0)
+    assert world.key("leave") is None
+    world.scheduler.stop("b", "enough")
+    world.after(0.1)
+    assert world.key("leave") is not None
+    world.hand_over(ranks=[0, 1])
+    world.end_all("a", 0)
+    assert len(world.running("a", 1)) == 8
+
+
 def test_a_job_that_takes_no_more_functions_than_it_has_need_not_wait(world, policy):
     quiet(world, policy)
     policy.choice = Decision(Allocation(7, 1024), "large")
