@@ -30,7 +30,8 @@ platform = LocalPlatform(concurrency=6, cores_per_vcpu=0.4)
 with platform, smlt.Fleet(platform=platform, budget_usd=1.0, **options) as fleet:
     fleet.submit(jobs.train, {"epochs": 2, "pause": 0}, workers=1, name="short").result(60)
     config = {"epochs": 4, "pause": 0.05, "notes": notes}
-    running = [fleet.submit(jobs.train, config, workers=n, name=f"n{n}") for n in (1, 2)]
+    pins = {"memory_mb": 1769}
+    running = [fleet.submit(jobs.train, config, workers=n, name=f"n{n}", **pins) for n in (1, 2)]
     next(running[0].reports())
     print("running", flush=True)
     for job in running:
@@ -139,7 +140,9 @@ def test_a_killed_clients_jobs_go_on_where_they_were(places, platform, tmp_path)
         assert short.result(1).status == "finished"
         outcomes = [job.result(120) for job in fleet.jobs()]
         undisturbed = [
-            fleet.submit(jobs.train, {"epochs": 4, "pause": 0}, workers=n).result(60)
+            fleet.submit(jobs.train, {"epochs": 4, "pause": 0}, workers=n, memory_mb=1769).result(
+                60
+            )
             for n in (1, 2)
         ]
         for outcome, reference in zip(outcomes[1:], undisturbed, strict=True):

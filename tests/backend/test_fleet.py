@@ -272,7 +272,7 @@ def test_out_of_memory_without_a_pin_doubles_the_memory(fleet):
 def test_stop_frees_functions_and_reservation_at_once(platform, tmp_path):
     with smlt.Fleet(platform=platform, budget_usd=1.0) as fleet:
         endless = {"epochs": 1000, "pause": 0.05, "notes": str(tmp_path)}
-        job = fleet.submit(jobs.train, endless, workers=3)
+        job = fleet.submit(jobs.train, endless, workers=3, memory_mb=1769)
         next(job.reports())
         assert fleet.reserved_usd > 0
         job.stop("pruned")

@@ -151,7 +151,7 @@ def test_requests_to_s3_are_paid(platform, seaweed):
         store_options=seaweed.options,
     ) as fleet:
         ledger = fleet.ledger
-        job = fleet.submit(jobs.train, {"epochs": 3, "pause": 0.02}, workers=2)
+        job = fleet.submit(jobs.train, {"epochs": 3, "pause": 0.02}, workers=2, memory_mb=1769)
         outcome = job.result(90)
         assert outcome.status == "finished"
         assert outcome.checkpoint.startswith(seaweed.url)
