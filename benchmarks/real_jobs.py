@@ -98,7 +98,9 @@ def network(model):
 
 
 class Diary:
-    """When each iteration ended, with which batch and how many workers; outlives every hand-over.
+    """When each iteration ended, of which batch, by how many workers, and when those began.
+
+    It is prepared like the model, and so outlives every hand-over.
 
     Args:
         length: Iterations of the job.
@@ -107,7 +109,7 @@ class Diary:
     def __init__(self, length):
         import torch
 
-        self.rows = torch.zeros(length, 3, dtype=torch.float64)
+        self.rows = torch.zeros(length, 4, dtype=torch.float64)
         self.count = torch.zeros(1, dtype=torch.int64)
 
     def state_dict(self):
@@ -135,6 +137,7 @@ def train(training):
     import torch
     from torch.nn.functional import cross_entropy
 
+    born_s = time.monotonic()
     session = smlt.session()
     model = network(training.model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -144,13 +147,14 @@ def train(training):
     for epoch in session.epochs(len(batches)):
         if done == training.iterations:
             break
-        for x, y in session.batches("digits", lambda epoch: batches[epoch]):
+        # A plain number: what batch size comes later is known to nobody.
+        for x, y in session.batches("digits", batches[epoch]):
             loss = cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             value = float(loss.detach())
-            done = diary.note(time.monotonic(), batches[epoch], session.workers)
+            done = diary.note(time.monotonic(), batches[epoch], session.workers, born_s)
             if done == training.iterations:
                 break
     return {"rows": diary.rows[:done].tolist(), "loss": value}
@@ -186,7 +190,8 @@ class Run:
         cpu_share: CPU time over billed time, of all its functions.
         peak_mb: Highest resident memory of a function.
         allocations: Of its generations: workers, memory, seconds from the submission on.
-        rows: Of its iterations: end, seconds from the submission on; batch; workers.
+        rows: Of its iterations: end; batch; workers; when their generation began. Times are
+            seconds from the submission on.
         reviews: Of a steered job: what the manager expected each time it was asked.
         refused: Of a steered job: why its goal was thought out of reach; empty if it was not.
         given: Of a steered job: whether features were given with the submission.
@@ -383,7 +388,7 @@ class Cloud:
         """A job on one allocation."""
         return self._run(fleet, training, workers=workers, memory_mb=memory_mb)
 
-    def steered(self, training, goal, project=None, *, give=True):
+    def steered(self, training, goal, project=None, *, give=True, told=None):
         """A job in a fleet of its own, on what the resource manager chooses.
 
         Args:
@@ -391,15 +396,16 @@ class Cloud:
             goal: Of the job.
             project: Folder with the profiles of siblings, and for its own; None for neither.
             give: Whether features are given with the submission.
+            told: What is thought to be computed, if that is something else.
         """
         policy = Watched(self.manager(project))
         with self.fleet(project=project, policy=policy) as fleet:
-            return self.submitted(fleet, policy, training, goal, give=give)
+            return self.submitted(fleet, policy, training, goal, give=give, told=told)
 
-    def submitted(self, fleet, policy, training, goal, *, give=True):
+    def submitted(self, fleet, policy, training, goal, *, give=True, told=None):
         """A steered job in a fleet with a policy that is watched."""
         policy.reviews = []
-        known = {"workload": workload_of(training)} if give else {}
+        known = {"workload": workload_of(told or training)} if give else {}
         refused = ""
         try:
             run = self._run(fleet, training, goal=goal, **known)
@@ -426,7 +432,10 @@ class Cloud:
             allocations=[
                 (each.workers, each.memory_mb, late_s + each.time_s) for each in outcome.allocations
             ],
-            rows=[(end - begun_s, batch, n) for end, batch, n in outcome.value["rows"]],
+            rows=[
+                (end - begun_s, batch, n, born - begun_s)
+                for end, batch, n, born in outcome.value["rows"]
+            ],
             reviews=[],
         )
 

@@ -1,0 +1,382 @@
+"""Following batch size and model size: real training jobs on the local platform.
+
+*Dynamic batching.* The batch size of a job doubles after two epochs, and nobody knew. *Fixed* is
+what a static system does: the cheapest allocation of a grid, measured on the first configuration,
+that would keep the deadline if nothing changed (deadline: 1.1 x the fastest of the grid). *Ours* is
+the resource manager; it is given the same measurements as profiles of its project, and nothing
+else. *Hindsight* is the best fixed allocation for what really happened, by a grid of both
+configurations; no system could have known it. Two rounds.
+
+*Candidates.* Eight candidates of a search, whose number of parameters jumps by a factor of 10
+between neighbours, all trained alike, each with the same deadline (1.25 x what the fastest of the
+grid needs for the first). *Fixed* is the best allocation of a grid for the first one: it computes
+much (convolutions) and needs many workers. Of the others some have few parameters and some have
+large gradients, which many workers only make expensive. *Ours* gets the profiles of that grid, the
+features of each candidate, and learns from one to the next.
+
+Jobs to be compared run one after the other, so that other load on the machine meets all alike. See
+real_jobs.py for the machine and its bills.
+
+    python benchmarks/bench_adaptation.py             # about 6 minutes; the machine must be quiet
+    python benchmarks/bench_adaptation.py --quick     # about 45 s: does it work?
+"""
+
+import argparse
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import common
+import real_jobs
+from real_jobs import LARGEST_MB, Cloud, Model, Training, Watched
+
+import smlt_tune as smlt
+
+#: As many operations in convolutions as the optimizer and synchronisation of 0.6 M parameters take.
+GROWING = Model((8, 16), 800)
+SMALL_BATCH, LARGE_BATCH, SMALL_EPOCHS, EPOCHS = 96, 192, 2, 10
+ROUNDS = 2
+#: 0.1 and 1 million parameters; the first is the one that computes most.
+HEAVY, LARGE, LIGHT = Model((24, 48), 40), Model((), 680), Model((), 110)
+CANDIDATES = (HEAVY, LARGE, LIGHT, LARGE, HEAVY, LARGE, LIGHT, LARGE)
+CANDIDATE_BATCH, CANDIDATE_EPOCHS = 384, 8
+WORKERS, MEMORY_MB = (1, 2, 3, 4, 6, 8), (1280, LARGEST_MB)
+QUICK_WORKERS, QUICK_MEMORY_MB = (2, 4), (LARGEST_MB,)
+#: Iterations of a cell of the grid.
+CELL_ITERATIONS = 10
+TIGHT, TIGHT_STREAM = 1.1, 1.25
+#: How often rank 0 says how far it is, seconds (``WorkerSpec.progress_s``).
+PROGRESS_S = 0.5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An allocation that was tried: one iteration, and what comes on top of all iterations."""
+
+    workers: int
+    memory_mb: int
+    iteration_s: float
+    other_s: float
+    other_usd: float
+
+    def whole(self, cloud, iterations_s):
+        """Time and cost of a job whose iterations take so long in all."""
+        usd = self.other_usd + cloud.usd(self.workers, self.memory_mb, iterations_s)
+        return self.other_s + iterations_s, usd
+
+
+def tried(cloud, fleet, training, sizes):
+    """Cells by (workers, memory); a short job on each."""
+    found = {}
+    short = replace(training, iterations=CELL_ITERATIONS)
+    for workers in sizes[0]:
+        for memory_mb in sizes[1]:
+            run = cloud.pinned(fleet, short, workers, memory_mb)
+            inside_s = CELL_ITERATIONS * run.iteration_s
+            other_usd = run.usd - cloud.usd(workers, memory_mb, inside_s)
+            found[workers, memory_mb] = Cell(
+                workers, memory_mb, run.iteration_s, run.seconds - inside_s, other_usd
+            )
+    return found
+
+
+def cheapest(wholes, deadline_s):
+    """The allocation with the least cost in time; wholes: (time, cost) by allocation."""
+    in_time = {where: usd for where, (seconds, usd) in wholes.items() if seconds <= deadline_s}
+    if not in_time:
+        return min(wholes, key=lambda where: wholes[where][0])
+    return min(in_time, key=in_time.get)
+
+
+def job_json(run, goal):
+    """A job, with its deadline."""
+    over = real_jobs.overshoot(run, goal)
+    return {**run.to_json(), "moves": run.moves, "overshoot": over}
+
+
+# --- dynamic batching -----------------------------------------------------------------------------
+
+
+def batching(cloud, folder, quick):
+    """Fixed, ours and hindsight; each of them once per round."""
+    sizes = (QUICK_WORKERS, QUICK_MEMORY_MB) if quick else (WORKERS, MEMORY_MB)
+    epochs = EPOCHS // 2 if quick else EPOCHS
+    change = SMALL_EPOCHS if epochs > SMALL_EPOCHS else 1
+    before = Training(GROWING, (SMALL_BATCH,) * epochs)
+    after = Training(GROWING, (LARGE_BATCH,) * (epochs - change))
+    really = Training(GROWING, (SMALL_BATCH,) * change + (LARGE_BATCH,) * (epochs - change))
+    with cloud.fleet(project=folder / "batching") as fleet:
+        first = tried(cloud, fleet, before, sizes)
+    with cloud.fleet() as fleet:
+        second = tried(cloud, fleet, after, sizes)
+    believed = {w: c.whole(cloud, before.length * c.iteration_s) for w, c in first.items()}
+    goal = smlt.Cheapest(deadline_s=TIGHT * min(seconds for seconds, _ in believed.values()))
+    iterations = really.length - after.length
+    real = {
+        where: cell.whole(
+            cloud, iterations * cell.iteration_s + after.length * second[where].iteration_s
+        )
+        for where, cell in first.items()
+    }
+    fixed = cheapest(believed, goal.deadline_s)
+    hindsight = cheapest(real, goal.deadline_s)
+    print(
+        f"batch {SMALL_BATCH} -> {LARGE_BATCH} after {iterations} of {really.length} iterations, "
+        f"deadline {goal.deadline_s:.1f} s; fixed {fixed}, hindsight {hindsight}",
+        flush=True,
+    )
+    rounds = []
+    for number in range(1 if quick else ROUNDS):
+        row = {}
+        for method in ("fixed", "ours", "hindsight")[:: 1 if number % 2 == 0 else -1]:
+            if method == "ours":
+                project = folder / f"batching_{number}"  # every round knows the grid alone
+                shutil.copytree(folder / "batching", project)
+                run = cloud.steered(really, goal, project, told=before)
+                row[method] = {**job_json(run, goal), **reaction(run)}
+                row[method]["timeline"] = timeline(run)
+            else:
+                with cloud.fleet() as fleet:
+                    run = cloud.pinned(fleet, really, *(fixed if method == "fixed" else hindsight))
+                row[method] = job_json(run, goal)
+            say(method, row[method])
+        rounds.append(row)
+    return {
+        "parameters": real_jobs.workload_of(before).features.parameters,
+        "batches": list(really.batches),
+        "deadline_s": goal.deadline_s,
+        "fixed": fixed,
+        "hindsight": hindsight,
+        "grid_first": [vars(cell) for cell in first.values()],
+        "grid_second": [vars(cell) for cell in second.values()],
+        "rounds": rounds,
+        "usd": {m: statistics.median(r[m]["usd"] for r in rounds) for m in rounds[0]},
+        "seconds": {m: statistics.median(r[m]["seconds"] for r in rounds) for m in rounds[0]},
+    }
+
+
+def reaction(run):
+    """From the change of the batch size to the first iteration of the next generation."""
+    rows = run.rows
+    batches = [row[1] for row in rows]
+    at = next((i for i in range(1, len(rows)) if batches[i] != batches[i - 1]), None)
+    if at is None:
+        return {}
+    begun_s = rows[at - 1][0]
+    new = next((i for i in range(at, len(rows)) if rows[i][3] != rows[at][3]), None)
+    decided = next((r for r in run.reviews if r["elapsed_s"] > begun_s), None)
+    pace = [rows[i][0] - rows[i - 1][0] for i in range(at, new if new else len(rows))]
+    iteration_s = statistics.median(pace)
+    return {
+        "changed_s": begun_s,
+        "chunk": max(1.0, PROGRESS_S / iteration_s),
+        "to_decision": decided and sum(1 for row in rows[at:] if row[0] <= decided["elapsed_s"]),
+        "to_generation": None if new is None else new - at,
+        "to_generation_s": None if new is None else rows[new - 1][0] - begun_s,
+    }
+
+
+def timeline(run):
+    """When each iteration ended, and of which batch."""
+    return [(round(end, 3), int(batch)) for end, batch, *_ in run.rows]
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+def stream(cloud, folder, quick):
+    """Every candidate on the fixed allocation and on ours, in turn."""
+    models = CANDIDATES[:3] if quick else CANDIDATES
+    epochs = 2 if quick else CANDIDATE_EPOCHS
+    sizes = (QUICK_WORKERS, QUICK_MEMORY_MB) if quick else (WORKERS[1:], MEMORY_MB)
+    jobs = [Training(model, (CANDIDATE_BATCH,) * epochs) for model in models]
+    project = folder / "stream"
+    with cloud.fleet(project=project) as fleet:
+        cells = tried(cloud, fleet, jobs[0], sizes)
+    wholes = {w: c.whole(cloud, jobs[0].length * c.iteration_s) for w, c in cells.items()}
+    goal = smlt.Cheapest(deadline_s=TIGHT_STREAM * min(seconds for seconds, _ in wholes.values()))
+    fixed = cheapest(wholes, goal.deadline_s)
+    print(f"candidates, deadline {goal.deadline_s:.1f} s each; fixed {fixed}", flush=True)
+    rows = []
+    policy = Watched(cloud.manager(project))
+    with cloud.fleet() as plain, cloud.fleet(project=project, policy=policy) as fleet:
+        for number, job in enumerate(jobs):
+            runs = {}
+            for method in ("fixed", "ours")[:: 1 if number % 2 == 0 else -1]:
+                if method == "fixed":
+                    runs[method] = cloud.pinned(plain, job, *fixed)
+                else:
+                    runs[method] = cloud.submitted(fleet, policy, job, goal)
+            features = real_jobs.workload_of(job).features
+            rows.append(
+                {
+                    "kind": job.model.kind,
+                    "parameters": features.parameters,
+                    "flops_per_sample": features.flops_per_sample,
+                    **{method: job_json(run, goal) for method, run in runs.items()},
+                }
+            )
+            print(f"{number + 1} {job.model.kind}, {features.parameters / 1e6:.2f} M parameters")
+            for method in ("fixed", "ours"):
+                say(method, rows[-1][method])
+    return {
+        "deadline_s": goal.deadline_s,
+        "batch": CANDIDATE_BATCH,
+        "iterations": jobs[0].length,
+        "fixed": fixed,
+        "grid": [vars(cell) for cell in cells.values()],
+        "candidates": rows,
+        "usd": {m: sum(row[m]["usd"] for row in rows) for m in ("fixed", "ours")},
+    }
+
+
+# --- what comes out -------------------------------------------------------------------------------
+
+
+def say(method, job):
+    """One job, as soon as it is known."""
+    places = " -> ".join(f"{n} x {m} at {s:.1f} s" for n, m, s in job["allocations"])
+    print(
+        f"     {method:9} {job['seconds']:6.1f} s {1e6 * job['usd']:8.1f} uUSD, over "
+        f"{100 * job['overshoot']:5.1f} %, CPU share {job['cpu_share']:.2f}, {places} "
+        f"{job['refused'] and '(refused at first)'}",
+        flush=True,
+    )
+
+
+def claims(batches, candidates):
+    """In words, with what was measured."""
+    ours = [row["ours"] for row in batches["rounds"]]
+    saved = 1.0 - batches["usd"]["ours"] / batches["usd"]["fixed"]
+    times = candidates["usd"]["fixed"] / candidates["usd"]["ours"]
+    late = max(job["overshoot"] for job in ours)
+    late_stream = max(row["ours"]["overshoot"] for row in candidates["candidates"])
+    late_fixed = max(row["fixed"]["overshoot"] for row in candidates["candidates"])
+    moved = [job for job in ours if job.get("to_generation") is not None]
+    reacted = (
+        "no move"
+        if not moved
+        else ", ".join(
+            f"{job['to_generation']} ({job['to_generation_s']:.2f} s; "
+            f"{job['to_decision']} to the decision)"
+            for job in moved
+        )
+    )
+    chunk = statistics.median(job["chunk"] for job in ours if "chunk" in job)
+    return [
+        real_jobs.claim(
+            f"dynamic batching: at least 30 % cheaper than fixed: {100 * saved:.0f} %",
+            saved >= 0.30,
+        ),
+        real_jobs.claim(
+            f"dynamic batching: deadline kept within 2 %: over by {100 * late:.1f} %",
+            late <= 0.02,
+        ),
+        real_jobs.claim(
+            "dynamic batching: next generation within one chunk of iterations "
+            f"({chunk:.1f}) of the change: {reacted}",
+            len(moved) == len(ours) and all(j["to_generation"] <= j["chunk"] + 1 for j in moved),
+        ),
+        real_jobs.claim(
+            f"candidates: at least 3 x cheaper than fixed: {times:.1f} x", times >= 3.0
+        ),
+        real_jobs.claim(
+            f"candidates: deadlines kept within 2 %: worst over by {100 * late_stream:.1f} % "
+            f"(fixed: {100 * late_fixed:.1f} %)",
+            late_stream <= 0.02,
+        ),
+    ]
+
+
+def draw(batches, candidates, facts):
+    """Allocations over time and over candidates, and what they cost."""
+    options = {"figsize": (11.5, 7.6), "width_ratios": (3, 1)}
+    fig, axes = common.figure(2, 2, **options)
+    draw_batching(batches, *axes[0])
+    draw_stream(candidates, *axes[1])
+    common.save_figure(fig, "adaptation", facts)
+
+
+def draw_batching(batches, left, right):
+    """The last round."""
+    row = batches["rounds"][-1]
+    for k, method in enumerate(("fixed", "ours", "hindsight")):
+        job = row[method]
+        x = [s for _, _, s in job["allocations"]] + [job["seconds"]]
+        y = [n * m / LARGEST_MB for n, m, _ in job["allocations"]]
+        left.step(x, [*y, y[-1]], where="post", color=common.COLOURS[k], label=method, lw=2)
+        for (n, m, s), height in zip(job["allocations"], y, strict=True):
+            left.annotate(f"{n} x {m:,} MB", (s, height), (3, 4), textcoords="offset points")
+        usd = batches["usd"][method]
+        right.bar(method, 1e6 * usd, color=common.COLOURS[k])
+    changed = row["ours"].get("changed_s")
+    if changed:
+        left.axvline(changed, color="#999999", linestyle=":")
+        text = f"batch {batches['batches'][0]} -> {batches['batches'][-1]} (ours)"
+        left.annotate(text, (changed, 0.3), (3, 0), textcoords="offset points", color="#666666")
+    left.axvline(batches["deadline_s"], color="#b00020", linestyle="--", label="deadline")
+    left.set_ylim(0, left.get_ylim()[1] * 1.15)
+    left.set_xlabel("time since the submission, s")
+    left.set_ylabel("virtual CPUs of all workers")
+    left.set_title("A batch size that doubles", loc="left")
+    left.legend(fontsize=8)
+    right.set_ylabel("cost of the job, millionths of a USD")
+
+
+def draw_stream(candidates, left, right):
+    """Workers by candidate, and parameters."""
+    rows = candidates["candidates"]
+    numbers = range(1, len(rows) + 1)
+    for k, method in enumerate(("fixed", "ours")):
+        last = [row[method]["allocations"][-1] for row in rows]
+        shift = [number + (k - 0.5) * 0.36 for number in numbers]
+        left.bar(
+            shift,
+            [n * m / LARGEST_MB for n, m, _ in last],
+            0.36,
+            color=common.COLOURS[k],
+            label=f"{method}, at the end",
+        )
+        right.bar(method, 1e6 * candidates["usd"][method], color=common.COLOURS[k])
+    names = [f"{i}\n{r['kind']} {r['parameters'] / 1e6:.1f} M" for i, r in enumerate(rows, 1)]
+    left.set_xticks(list(numbers), names, fontsize=8)
+    left.set_xlabel("candidate, its parameters")
+    left.set_ylabel("virtual CPUs of all workers")
+    left.set_title(
+        f"Candidates with a deadline of {candidates['deadline_s']:.1f} s each", loc="left"
+    )
+    left.legend(fontsize=8)
+    right.set_ylabel("cost of all candidates, millionths of a USD")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Following batch size and model size.")
+    parser.add_argument("--quick", action="store_true", default=common.QUICK)
+    args = parser.parse_args()
+    if args.quick:
+        real_jobs.quickly()
+    facts, begun = common.machine(), time.monotonic()
+    folder = Path(real_jobs.HERE / "results" / "tmp" / "adaptation")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with Cloud() as cloud:
+        real_jobs.warm_up(cloud)
+        batches = batching(cloud, folder, args.quick)
+        candidates = stream(cloud, folder, args.quick)
+        known = cloud.facts()
+    print()
+    result = {
+        **known,
+        "claims": claims(batches, candidates),
+        "wall_s": round(time.monotonic() - begun),
+        "batching": batches,
+        "stream": candidates,
+    }
+    common.save("adaptation", facts, result)
+    draw(batches, candidates, facts)
+
+
+if __name__ == "__main__":
+    main()
