@@ -161,7 +161,8 @@ def features_of(model: Any, inputs: tuple[Any, ...]) -> ModelFeatures:
     """See :func:`smlt_tune.runtime.dry_run.model_features`."""
     samples = _check(model, inputs)
     parameters, gradient_bytes = trained(model.parameters(), floating_buffers(model.modules()))
-    with _same_random_numbers():
+    # Inside of inference_mode() or no_grad(), too, it is training that is asked about.
+    with _same_random_numbers(), torch.inference_mode(mode=False), torch.enable_grad():
         try:
             meter = _play_through(model, inputs)
         except InvalidInput:
@@ -302,7 +303,7 @@ def _run(model: torch.nn.Module, inputs: Any, samples: int) -> IterationMeter:
 
 def _iterate(model: torch.nn.Module, inputs: Any) -> IterationMeter:
     meter = IterationMeter(inputs)
-    with torch.enable_grad(), meter:
+    with meter:
         outputs = [t for t in tensors_in(model(*inputs)) if t.requires_grad]
         with torch.no_grad():
             ones = [torch.ones_like(t) for t in outputs]  # the gradient of their sum

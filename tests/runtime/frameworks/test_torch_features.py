@@ -147,6 +147,14 @@ def test_measuring_changes_no_bit_of_an_iteration(name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode])
+def test_it_is_training_that_is_measured(within):
+    model, x, flops, kept = CLOSED_FORMS["two linear"]
+    with within():
+        found = model_features(model, x)
+    assert (found.flops_per_sample, found.activation_bytes) == (flops, kept)
+
+
 def test_the_model_can_be_on_the_meta_device():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(200_000, 200_000), nn.ReLU(), nn.Linear(200_000, 10))
