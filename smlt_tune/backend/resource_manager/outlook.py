@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-#: Standard deviations by which the goal's limit has to be kept.
-LIMIT_Z = 1.0
+#: Standard deviations by which the goal's limit has to be kept; fewer if no allocation does that.
+LIMIT_Z = (1.0, 0.5, 0.0)
 #: Least probability that the memory is enough.
 FITS = 0.95
 #: Weight of what the goal does not ask for: cheapest still prefers the faster of two equals.
 TIE = 0.01
+#: If the limit cannot be kept, what exceeds it hardly more than the least possible will do, too.
+NEARLY = 1.03
 #: Half-width of a 90 % interval, in standard deviations.
 Z90 = 1.645
 #: Least standard deviation of ln(time) of a whole job.
@@ -286,23 +288,26 @@ class Outlook:
         """Whether time and cost of the rest are known at all."""
         return self._known.iterations_left() is not None
 
-    def _good(self) -> NDArray[np.bool_]:
-        """What keeps the limit, with something to spare."""
+    def _keeps(self, z: float) -> NDArray[np.bool_]:
+        """What keeps the limit with so many standard deviations to spare."""
         limit = self._limit()
         if limit is None or not self._measurable():
             return np.ones(len(self.workers), dtype=bool)
-        return np.asarray(self._limited(LIMIT_Z) <= limit)
+        return np.asarray(self._limited(z) <= limit)
 
     def best(self) -> int:
         """The posterior optimum under both chance constraints, or what comes nearest to them."""
-        fits = self._fits >= FITS
-        possible = self.allowed & fits
+        possible = self.allowed & (self._fits >= FITS)
         if not possible.any():  # then what is most likely to fit
             possible = self.allowed & (self._fits >= self._fits[self.allowed].max() - 1e-3)
-        good = possible & self._good()
-        if good.any():
-            return int(np.argmin(np.where(good, self._objective(), np.inf)))
-        return int(np.argmin(np.where(possible, self._limited(LIMIT_Z), np.inf)))
+        for z in LIMIT_Z:
+            good = possible & self._keeps(z)
+            if good.any():
+                break
+        else:
+            limited = self._limited(0.0)
+            good = possible & (limited <= NEARLY * limited[possible].min())
+        return int(np.argmin(np.where(good, self._objective(), np.inf)))
 
     def gain(self, new: int, old: int) -> float:
         """Share of what is left that the new one saves of what the goal minimises."""
@@ -311,11 +316,11 @@ class Outlook:
 
     def limited_high(self, i: int) -> float:
         """What the goal limits, with something to spare."""
-        return float(self._limited(LIMIT_Z)[i])
+        return float(self._limited(LIMIT_Z[0])[i])
 
     def at_risk(self, i: int) -> bool:
         """Whether an allocation may break the goal's limit."""
-        return not bool(self._good()[i])
+        return not bool(self._keeps(LIMIT_Z[0])[i])
 
     def most_promising(self) -> int:
         """Largest constrained expected improvement over the best that is expected now."""
@@ -390,6 +395,8 @@ class Outlook:
             "own": self.own,
             "siblings": self.siblings,
             "length_known": self._measurable(),
+            "elapsed_s": self._facts.elapsed_s,
+            "spent_usd": self._facts.spent_usd,
             "prediction": {
                 "iteration_s": list(asdict(chosen.iteration_s).values()),
                 "time_s": list(asdict(chosen.time_s).values()),
