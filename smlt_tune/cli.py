@@ -7,7 +7,6 @@ a signal ended it.
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -248,11 +247,12 @@ def _run(sweep: "Sweep", out: Path, project: Path | None) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     """``smlt plan``."""
     _require("smlt plan", "gpytorch")
+    from smlt_tune.backend.platform_tables import user_home
     from smlt_tune.backend.sweeps.plan_command import Request, plan
 
     given = vars(arguments).copy()
     del given["run"]
-    request = Request(**given, home=_home())
+    request = Request(**given, home=user_home())
     found = plan(request, progress=lambda text: print(f"smlt: {text}", file=sys.stderr))
     print("\n".join(found.lines))
     for table in found.tables:
@@ -302,13 +302,18 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from smlt_tune.backend.calibration import calibrate, comparison
-    from smlt_tune.backend.platform_tables import check_home, keep_table, shipped_table
+    from smlt_tune.backend.platform_tables import (
+        check_home,
+        keep_table,
+        shipped_table,
+        user_home,
+    )
 
     console = _console()
     urls = {f"number {k + 1}": url for k, url in enumerate(arguments.parameter_store)}
     with closing(_platform_to_calibrate(arguments)) as platform:
         console.print(platform.fingerprint, markup=False)
-        home = arguments.home or _home()
+        home = arguments.home or user_home()
         check_home(home)
         say = partial(console.print, soft_wrap=True, markup=False)
         table = calibrate(platform, parameter_stores=urls, seconds=arguments.seconds, say=say)
@@ -330,12 +335,6 @@ def _platform_to_calibrate(arguments: argparse.Namespace) -> "Platform":
     if arguments.file is None:
         return open_platform(arguments.platform or "local")
     return load(arguments.file).open_platform()
-
-
-def _home() -> Path:
-    """The user's folder for what holds for all projects."""
-    given = os.environ.get("SMLT_HOME")  # noqa: TID251 - an entry point
-    return Path(given) if given else Path.home() / ".smlt"
 
 
 def _require(what: str, *modules: str) -> None:

@@ -16,6 +16,7 @@ from smlt_tune.backend.resource_manager.policy import (
     Plans,
     is_pinned,
 )
+from smlt_tune.errors import InvalidInput
 
 _LOG = logging.getLogger(__name__)
 
@@ -104,10 +105,14 @@ def resource_manager(
         )
         return PinnedOrDefault()
     importlib.import_module("gpytorch")  # the slow part: here, not in the middle of a decision
-    from smlt_tune.backend.platform_tables import platform_table
+    from smlt_tune.backend.platform_tables import platform_table, shipped_table, user_home
     from smlt_tune.backend.resource_manager.manager import ResourceManager
 
-    table = platform_table(platform)
+    try:
+        table = platform_table(platform, home=user_home())
+    except InvalidInput as error:
+        _LOG.warning("the calibration of the platform is not used: %s", error)
+        table = shipped_table(platform)
     known = {}
     for name, (url, row) in stores.items():
         scheme = url.partition("://")[0]

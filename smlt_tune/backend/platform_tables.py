@@ -75,6 +75,12 @@ class Core:
     sources: tuple[str, ...]
 
 
+def user_home() -> Path:
+    """The user's folder for what holds for all projects: ``SMLT_HOME``, or ``~/.smlt``."""
+    given = os.environ.get("SMLT_HOME")  # noqa: TID251 - the one place that asks for it
+    return Path(given) if given else Path.home() / ".smlt"
+
+
 def platform_table(platform: Platform, *, home: str | Path | None = None) -> PlatformTable:
     """The table of a platform: what was kept of its calibration, or what comes with the package.
 
