@@ -57,7 +57,7 @@ SIBLINGS = (
     (Model((), 800), 768, 11),
     (Model((32, 64), 600), 192, 3),
 )
-QUICK_SIBLINGS = (0, 5, 8)
+QUICK_SIBLINGS = (0, 2, 3)
 WORKERS, MEMORY_MB = (1, 2, 4, 6, 8), (512, 1024, LARGEST_MB)
 QUICK_WORKERS, QUICK_MEMORY_MB = (1, 4), (1024, LARGEST_MB)
 #: Iterations of a cell of the grid: so many seconds of them, but not fewer than these.
@@ -66,7 +66,7 @@ CELL_S, CELL_ITERATIONS = 1.5, 5
 SLACK = 1.3
 #: Profiling runs of the SMLT recipe, and their iterations after a first one.
 RECIPE_RUNS, RECIPE_ITERATIONS = 10, 5
-QUICK_RECIPE_RUNS = 3
+QUICK_RECIPE_RUNS = 2
 #: A prediction is judged at the first review after so many iterations.
 JUDGED_AFTER = 10
 METHODS = ("best", "shared", "alone", "smlt")
