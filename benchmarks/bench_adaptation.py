@@ -94,7 +94,7 @@ def cheapest(wholes, deadline_s):
 def job_json(run, goal):
     """A job, with its deadline."""
     over = real_jobs.overshoot(run, goal)
-    return {**run.to_json(), "moves": run.moves, "overshoot": over}
+    return {**run.to_json(), "overshoot": over}
 
 
 # --- dynamic batching -----------------------------------------------------------------------------
@@ -384,6 +384,9 @@ def main():
         candidates = stream(cloud, folder, args.quick)
         known = cloud.facts()
     print()
+    ours = [row["ours"] for growth in batches["growths"] for row in growth["rounds"]]
+    ours += [row["ours"] for row in candidates["candidates"]]
+    print(real_jobs.said_of_hold_ups(ours), "(median)")
     result = {
         **known,
         "claims": claims(batches, candidates),

@@ -93,7 +93,7 @@ class Cell:
 def training_of(number, quick):
     """Of a sibling."""
     model, batch, epochs = SIBLINGS[number]
-    return Training(model, (batch,) * max(2, epochs // 4 if quick else epochs))
+    return Training(model, (batch,) * max(2, epochs // 6 if quick else epochs))
 
 
 def shortened(cloud, fleet, training, workers, memory_mb, iterations):
@@ -203,7 +203,6 @@ def outcome(training, goal, run, best, *, seconds=None, usd=None):
         "ratio": real_jobs.target(whole, goal) / real_jobs.target(best, goal),
         "overshoot": real_jobs.overshoot(whole, goal),
         "ratio_of_the_final_run": real_jobs.target(run, goal) / real_jobs.target(best, goal),
-        "moves": run.moves,
         "judged": judged(training, run),
     }
 
@@ -337,7 +336,7 @@ def claims(found):
 
 def draw(rows, facts):
     """Ratios and errors, by job."""
-    fig, (left, right) = common.figure(1, 2, figsize=(11.5, 4.6))
+    fig, (left, right) = common.figure(1, 2, figsize=(11.5, 5.2))
     numbers = [row["number"] for row in rows]
     for k, method in enumerate(("shared", "alone", "smlt", "untold")):
         of = [(r["number"], r["runs"][method]["ratio"]) for r in rows if method in r["runs"]]
@@ -351,7 +350,7 @@ def draw(rows, facts):
     left.set_xlabel("sibling; C cheapest with a deadline, F fastest with a budget")
     left.set_ylabel("cost (C) or time (F) over the best of the grid")
     left.set_title("What was reached", loc="left")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     for k, (what, name) in enumerate((("s", "time"), ("usd", "cost"))):
         off = errors(rows, "shared", what)
         if off:
@@ -422,6 +421,8 @@ def main():
             for method, each in found.items()
         ],
     )
+    steered = [r["runs"][m] for r in rows for m in ("shared", "alone", "untold") if m in r["runs"]]
+    print(real_jobs.said_of_hold_ups(steered), "(median)")
     result = {
         **cloud,
         "slack": SLACK,

@@ -218,9 +218,22 @@ class Run:
         ends = [row[0] for row in self.rows]
         return statistics.median(b - a for a, b in pairwise(ends))
 
+    @property
+    def hold_ups(self):
+        """What each hand-over has held up training: first iteration after it, less a usual one."""
+        new = [i for i in range(1, len(self.rows)) if self.rows[i][3] != self.rows[i - 1][3]]
+        found = []
+        for begin, end in pairwise([*new, len(self.rows)]):
+            ends = [row[0] for row in self.rows[begin:end]]
+            if len(ends) > 1:
+                usual_s = statistics.median(b - a for a, b in pairwise(ends))
+                found.append(ends[0] - self.rows[begin - 1][0] - usual_s)
+        return found
+
     def to_json(self):
-        """Without the times of single iterations."""
-        return {key: _short(value) for key, value in asdict(self).items() if key != "rows"}
+        """With what hand-overs took instead of the times of single iterations."""
+        kept = {key: _short(value) for key, value in asdict(self).items() if key != "rows"}
+        return {**kept, "moves": self.moves, "hold_ups_s": _short(self.hold_ups)}
 
 
 def _short(value):
@@ -454,6 +467,14 @@ def quickly():
 def target(run, goal):
     """What the goal minimises: USD, or seconds."""
     return run.usd if isinstance(goal, smlt.Cheapest) else run.seconds
+
+
+def said_of_hold_ups(jobs):
+    """One line on the hand-overs of some jobs, as JSON."""
+    held = [seconds for job in jobs for seconds in job["hold_ups_s"]]
+    if not held:
+        return "no hand-over"
+    return f"{len(held)} hand-overs, each held up training by {statistics.median(held):.2f} s"
 
 
 def overshoot(run, goal):
