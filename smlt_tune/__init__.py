@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smlt_tune.backend.fleet import Fleet, Job, JobOutcome, Report
     from smlt_tune.backend.goals import Cheapest, Fastest
+    from smlt_tune.backend.resource_manager.observations import Workload
     from smlt_tune.errors import SmltError
     from smlt_tune.runtime.dry_run import model_features
     from smlt_tune.runtime.features import ModelFeatures
@@ -27,6 +28,7 @@ _HOMES = {
     "Report": "smlt_tune.backend.fleet",
     "Session": "smlt_tune.runtime.session",
     "SmltError": "smlt_tune.errors",
+    "Workload": "smlt_tune.backend.resource_manager.observations",
     "model_features": "smlt_tune.runtime.dry_run",
     "session": "smlt_tune.runtime.session",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "Report",
     "Session",
     "SmltError",
+    "Workload",
     "__version__",
     "model_features",
     "session",

@@ -17,6 +17,7 @@ PUBLIC = [
     "Report",
     "Session",
     "SmltError",
+    "Workload",
     "__version__",
     "model_features",
     "session",

@@ -51,9 +51,8 @@ class Grid:
 
 def grid_of(facts: JobFacts, table: PlatformTable, stores: list[str]) -> Grid:
     """Sizes in equal ratios; all that bends and all small numbers of workers are in it."""
-    bounds = facts.bounds
-    pinned = [stores.index(bounds.store)] if bounds.store in stores else None
-    usable = pinned or list(range(len(stores)))
+    wanted = facts.stores if facts.bounds.store is None else (facts.bounds.store,)
+    usable = [i for i, name in enumerate(stores) if name in wanted] or list(range(len(stores)))
     return Grid.product(_worker_counts(facts), _memory_sizes(facts, table), usable)
 
 

@@ -34,6 +34,9 @@ from smlt_tune.errors import InvalidInput
 
 #: A job moves if that saves more than this share of what is left, the move paid for.
 LEAST_GAIN = 0.03
+#: If the limit is at risk, a job moves to where it would use less than this share of what it would
+#: use where it is.
+EASED = 0.98
 
 
 class ResourceManager:
@@ -119,17 +122,16 @@ class ResourceManager:
         with self._lock:
             outlook = self._outlook(facts, current)
             stay = outlook.index(current)
+            if facts.functions is not None and facts.bounds.workers is None:
+                outlook.restrict(outlook.workers <= max(facts.functions, facts.bounds.min_workers))
             best = outlook.best()
             if best == stay:
                 return None
-            gain = outlook.gain(best, stay)
-            saved = outlook.at_risk(stay) and outlook.limited_high(best) < 0.98 * (
-                outlook.limited_high(stay)
-            )
-            if not saved and gain <= LEAST_GAIN:
+            why = _why_move(outlook, best, stay)
+            if why is None:
                 return None
-        why = "the limit is at risk" if saved else f"saves {gain:.0%} of what is left"
-        evidence = {**outlook.evidence(best), "gain": gain, "stay": outlook.row(stay)}
+            gain, row = outlook.gain(best, stay), outlook.row(stay)
+        evidence = {**outlook.evidence(best), "gain": gain, "stay": row}
         return Decision(outlook.allocation(best), f"{outlook.goal_text()}: {why}", evidence)
 
     # --- beyond the policy ----------------------------------------------------------------------
@@ -181,14 +183,30 @@ class ResourceManager:
 
     def _outlook(self, facts: JobFacts, current: Allocation | None = None) -> Outlook:
         """Predictions for a grid of allocations, then for a finer one around the best."""
+        # Imports torch and gpytorch, which takes seconds the first time.
+        from smlt_tune.backend.resource_manager.gaussian_process import one_thread
+
         assert facts.workload is not None
+        names = list(self._stores)
         near = self._book.nearest(facts.workload, facts.job_id)
         known = Knowledge(self._table, self._stores, self._prices, self._model, near, facts)
-        process, memory = known.process(residual=self._residual), known.memory()
-        grid = grid_of(facts, self._table, list(self._stores))
-        if current is not None:
-            grid = grid.joined(Grid.of([current], list(self._stores)))
-        coarse = Outlook(known, memory, grid, known.ln_times(process, grid), current)
-        closer = around(grid, coarse.best(), facts)
-        ln_times = np.concatenate([coarse.ln_times, known.ln_times(process, closer)], axis=1)
-        return Outlook(known, memory, grid.joined(closer), ln_times, current)
+        grid = grid_of(facts, self._table, names)
+        with one_thread():
+            process, memory = known.process(residual=self._residual), known.memory()
+            if current is not None:
+                grid = grid.joined(Grid.of([current], names))
+            coarse = Outlook(known, memory, grid, known.ln_times(process, grid), current)
+            closer = around(grid, coarse.best(), facts)
+            ln_times = np.concatenate([coarse.ln_times, known.ln_times(process, closer)], axis=1)
+            return Outlook(known, memory, grid.joined(closer), ln_times, current)
+
+
+def _why_move(outlook: Outlook, best: int, stay: int) -> str | None:
+    """A reason to move from one place to another; None if there is none."""
+    if not outlook.allowed[stay]:
+        return "the fleet needs functions for other jobs"
+    eased = outlook.limited_high(best) < EASED * outlook.limited_high(stay)
+    if outlook.at_risk(stay) and eased:
+        return "the limit is at risk"
+    gain = outlook.gain(best, stay)
+    return f"saves {gain:.0%} of what is left" if gain > LEAST_GAIN else None

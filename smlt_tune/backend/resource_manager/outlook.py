@@ -77,7 +77,6 @@ class Knowledge:
 
     def process(self, *, residual: bool) -> "GaussianProcess":
         """The posterior of the time per iteration."""
-        # Imports torch and gpytorch, which takes seconds the first time.
         from smlt_tune.backend.resource_manager.gaussian_process import (
             GaussianProcess,
             Measurements,

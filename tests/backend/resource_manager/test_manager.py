@@ -60,6 +60,7 @@ def profile(job="a", work=None, allocation=TWO_WORKERS, **changed):
 
 
 def facts(job="a", goal=CHEAPEST, work=None, limits=LIMITS, bounds=ANY, **known):
+    known.setdefault("stores", ("default", "small", "large"))
     return JobFacts(job, limits, goal, bounds, workload=work or workload(), **known)
 
 
@@ -264,6 +265,18 @@ def test_a_deadline_at_risk_moves_a_job_although_that_costs_more():
     assert 1500 * true_s(workload(), decision.allocation) < 500
 
 
+def test_a_job_gives_functions_back_that_others_need():
+    fast = Allocation(20, 1769)
+    policy = watched(fast)
+    decision = policy.review(running(fast, Fastest(), functions=6))
+    assert decision is not None
+    assert decision.allocation.workers <= 6
+    assert "other jobs" in decision.reason
+    pinned = running(fast, Fastest(), functions=6, bounds=Bounds(workers=20))
+    kept = policy.review(pinned)
+    assert kept is None or kept.allocation.workers == 20
+
+
 def test_a_budget_at_risk_makes_a_job_smaller():
     fast = Allocation(48, 3538)
     policy = watched(fast)
@@ -340,6 +353,11 @@ def test_the_store_is_chosen_with_the_rest():
     assert fast.store == "large"
     pinned = policy.first(facts(goal=Cheapest(), bounds=Bounds(store="large"))).allocation
     assert pinned.store == "large"
+
+
+def test_a_store_that_does_not_answer_is_not_chosen():
+    left = facts(goal=Fastest(), work=workload(20_000_000), stores=("small",))
+    assert manager(stores=TWO).first(left).allocation.store == "small"
 
 
 def test_a_store_that_others_keep_busy_is_shunned():
