@@ -6,8 +6,9 @@ Cheapest(deadline 1.3 x the fastest of the grid) and Fastest(budget 1.3 x the ch
 
 Per job, one after the other, so that other load on the machine meets all alike:
 
-* the *grid*: pinned allocations in random order, each for about 1.5 s of iterations. Time and cost
-  of the whole job are those of the short one, plus the missing iterations at the median;
+* the *grid*: pinned allocations in random order, each for about 1.2 s of iterations, but at least
+  4. Time and cost of the whole job are those of the short one, plus the missing iterations at the
+  median;
 * then in turn, beginning with another one each time: the *best of the grid* that keeps the limit,
   as a whole job; the resource manager with the profiles of the siblings (*shared*); without them
   (*alone*); and the recipe of the *SMLT* paper: Gaussian process with expected improvement over raw
@@ -44,24 +45,24 @@ from smlt_tune.errors import OutOfMemory, SmltError
 
 #: Model, batch size, epochs; growing. The epochs make a job of some 8 s at its fastest allocation.
 SIBLINGS = (
-    (Model((8, 16), 64), 192, 15),
-    (Model((), 80), 768, 60),
-    (Model((), 110), 768, 50),
-    (Model((12, 24), 120), 192, 11),
-    (Model((16, 32), 140), 192, 8),
-    (Model((), 280), 768, 32),
-    (Model((), 380), 768, 25),
-    (Model((24, 48), 240), 192, 5),
-    (Model((24, 48), 320), 192, 5),
-    (Model((), 600), 768, 16),
-    (Model((), 800), 768, 11),
+    (Model((8, 16), 64), 192, 12),
+    (Model((), 80), 768, 48),
+    (Model((), 110), 768, 40),
+    (Model((12, 24), 120), 192, 9),
+    (Model((16, 32), 140), 192, 7),
+    (Model((), 280), 768, 26),
+    (Model((), 380), 768, 20),
+    (Model((24, 48), 240), 192, 4),
+    (Model((24, 48), 320), 192, 4),
+    (Model((), 600), 768, 13),
+    (Model((), 800), 768, 9),
     (Model((32, 64), 600), 192, 3),
 )
-QUICK_SIBLINGS = (0, 2, 3)
+QUICK_SIBLINGS = (0, 1, 2)
 WORKERS, MEMORY_MB = (1, 2, 4, 6, 8), (512, 1024, LARGEST_MB)
 QUICK_WORKERS, QUICK_MEMORY_MB = (1, 4), (1024, LARGEST_MB)
 #: Iterations of a cell of the grid: so many seconds of them, but not fewer than these.
-CELL_S, CELL_ITERATIONS = 1.5, 5
+CELL_S, CELL_ITERATIONS = 1.2, 4
 #: Of the fastest or the cheapest of the grid.
 SLACK = 1.3
 #: Profiling runs of the SMLT recipe, and their iterations after a first one.
