@@ -112,7 +112,9 @@ def learning(rows, args):
                 k: [r["over"] > BROKEN for r in cases if r["goal"] in LIMITED_GOALS]
                 for k, cases in at.items()
             }
-            suggested = [row["suggest_ms"] for row in here if row["suggest_ms"] is not None]
+            # The first suggestions of the peers come without a model and cost nothing.
+            last = [row["suggest_ms"] for row in at[max(args.ks)]]
+            suggested = [spent for spent in last if spent is not None]
             result.append(
                 {
                     "method": name,
@@ -198,7 +200,7 @@ def latency(rows):
 def draw(result, args, facts):
     """Score against profiling runs; scores of whole jobs."""
     fig, (left, right) = common.figure(
-        1, 2, figsize=(11.5, 4.8), gridspec_kw={"width_ratios": [1.4, 1]}
+        1, 2, figsize=(11.5, 5.6), gridspec_kw={"width_ratios": [1.4, 1]}
     )
     styles = dict(zip(args.siblings, ("-", "--", ":"), strict=False))
     order = ("ours", *(name for name in NAMES if name != "ours"))
@@ -225,7 +227,6 @@ def draw(result, args, facts):
     left.set_xlabel("profiling runs of the job itself (not charged)")
     left.set_ylabel("regret + 2 x overshoot, % (median)")
     left.set_title("Recommendation", loc="left")
-    left.legend(fontsize=8)
     bars = [line for line in result["whole_jobs"] if line["method"] in ("smlt", "ours")]
     for row, line in enumerate(bars):
         score, colour = line["score"], colours[line["method"]]
@@ -239,6 +240,7 @@ def draw(result, args, facts):
     right.xaxis.set_minor_formatter("")
     right.set_xlabel("regret + 2 x overshoot, % (dot: median, tick: p90)")
     right.set_title("Whole jobs, every overhead paid", loc="left")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
     common.save_figure(fig, "allocation", facts)
 
 

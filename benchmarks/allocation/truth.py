@@ -36,6 +36,9 @@ state for each relaunch (every 900 s); functions bill for all of it, and twice w
 again; a store with a price bills by time. Peak memory, against which an out-of-memory failure is
 decided: ``(w_0 + k_1 P + k_2 A b) * trial``, the last log-normal with sigma 5-15 % by family.
 
+Networks whose job would have fewer than 100 iterations are drawn again, so that large networks with
+large batches are rarer than small ones.
+
 A measurement is the median of a few iterations, each with a Lomax-distributed delay (tail index
 2.5, scale 1-3 %), times the luck of where the functions were placed (1 %, and 10-60 % slower in
 3 % of the cases).
