@@ -10,8 +10,9 @@ from smlt_tune.backend.resource_manager.manager import ResourceManager
 from smlt_tune.backend.resource_manager.observations import Allocation, Profile
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts
 
-#: A job is looked at after so many seconds, and at these parts of its iterations.
-FIRST_LOOK_S = 120.0
+#: As in ``smlt_tune.backend.adaptation``: a generation is looked at once so many iterations or
+#: seconds are measured, and the job at these parts of its iterations.
+MEASURED_ITERATIONS, MEASURED_S = 5, 2.0
 LOOKS = (0.15, 0.35, 0.60)
 #: Iterations of a profiling run: those that are measured, and one before them to warm up.
 PROFILED = 5
@@ -120,23 +121,26 @@ class LiveJob:
     def run(self):
         """From the first allocation to the last iteration."""
         allocation = self._placed(self.manager.first(self._now()).allocation)
-        done, total = 0, self.candidate.iterations
-        for stop in (*self._stops(allocation), total):
-            if stop <= done:
-                continue
+        done, here, total = 0, 0, self.candidate.iterations
+        while done < total:
+            stop = self._next_look(allocation, done, here)
             self._train(allocation, stop - done)
+            here += stop - done
             done = stop
             if done < total:
-                self._observe(self.candidate.measure(allocation, self.rng, done))
-                allocation = self._reviewed(allocation, total - done)
+                self._observe(self.candidate.measure(allocation, self.rng, here))
+                before, allocation = allocation, self._reviewed(allocation, total - done)
+                here = here if allocation == before else 0
         return self.ride
 
-    def _stops(self, allocation):
-        """At how many iterations the job is looked at."""
+    def _next_look(self, allocation, done, here):
+        """At how many iterations the job is looked at again, ``here`` of them where it is."""
         total = self.candidate.iterations
-        iteration_s = float(self.candidate.iteration_s(**_where(allocation)))
-        early = max(PROFILED, math.ceil(FIRST_LOOK_S / iteration_s))
-        return sorted({early, *(math.ceil(part * total) for part in LOOKS)} - {total})
+        looks = [look for part in LOOKS if (look := math.ceil(part * total)) > done]
+        if not here:
+            iteration_s = float(self.candidate.iteration_s(**_where(allocation)))
+            looks.append(done + min(MEASURED_ITERATIONS, math.ceil(MEASURED_S / iteration_s)))
+        return min([total, *looks])
 
     def _train(self, allocation, iterations):
         seconds, usd = self.candidate.training(
@@ -149,7 +153,7 @@ class LiveJob:
         """The allocation after a look at the job, moved to."""
         facts = self._now(allocation=allocation, iterations_left=left)
         decision = self.manager.review(facts)
-        if decision is None:
+        if decision is None or decision.allocation == allocation:
             return allocation
         self.ride.moves += 1
         self._generation_s = 0.0

@@ -247,6 +247,7 @@ class Adaptation:
         measurement.add(event.chunk, event.iteration_s, event.sync_s)
         measurement.other_share = job.other_share or 0.0
         measurement.start_s = generation.start_s
+        measurement.warm_s = max(0.0, generation.first_s - event.iteration_s)
         measurement.peak_mb = max(measurement.peak_mb, generation.peak_mb)
         drifted = measurement.drifted
         if drifted:

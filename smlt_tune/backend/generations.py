@@ -60,6 +60,8 @@ class Generation:
     closed: bool = False
     closed_s: float = 0.0
     start_s: float = 0.0
+    began_s: float = 0.0
+    first_s: float = 0.0
     peak_mb: float = 0.0
     measured: int = 0
     measured_s: float = 0.0

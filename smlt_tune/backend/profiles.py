@@ -222,6 +222,7 @@ def _mistakes(profile: Profile, fingerprint: str) -> list[str]:
         "sync_s": profile.sync_s,
         "other_share": profile.other_share,
         "start_s": profile.start_s,
+        "warm_s": profile.warm_s,
         "peak_mb": profile.peak_mb,
     }
     if workload.iterations is not None:

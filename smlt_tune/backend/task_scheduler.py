@@ -425,7 +425,7 @@ class TaskScheduler:
 
     def _start(self, job: Record, generation: Generation) -> None:
         assert generation.start is not None
-        generation.started = True
+        generation.started, generation.began_s = True, self._clock.monotonic()
         self._ready_s = 0.8 * (self._ready_s or generation.start_s) + 0.2 * generation.start_s
         names = self._keys.generation(job.job_id, generation.number)
         wake = [names.tokens(w.rank) for w in generation.workers]
@@ -443,6 +443,8 @@ class TaskScheduler:
         job.position = max(job.position, event.position)
         job.peak_mb = max(job.peak_mb, event.peak_mb)
         if event.rank == 0:
+            if event.iterations and not generation.first_s:
+                generation.first_s = worker.sign_s - generation.began_s
             self._adaptation.progress(job, generation, event)
 
     def _handed_over(self, job: Record, generation: Generation, checkpoint: str) -> None:

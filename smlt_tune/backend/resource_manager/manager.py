@@ -34,6 +34,8 @@ from smlt_tune.errors import InvalidInput
 
 #: A job moves if that saves more than this share of what is left, the move paid for.
 LEAST_GAIN = 0.03
+#: ... even where it is slower by so many standard deviations than expected.
+GAIN_Z = 0.5
 #: If the limit is at risk, a job moves to where it would use less than this share of what it would
 #: use where it is.
 EASED = 0.98
@@ -125,13 +127,11 @@ class ResourceManager:
             if facts.functions is not None and facts.bounds.workers is None:
                 outlook.restrict(outlook.workers <= max(facts.functions, facts.bounds.min_workers))
             best = outlook.best()
-            if best == stay:
-                return None
-            why = _why_move(outlook, best, stay)
+            why = None if best == stay else _why_move(outlook, best, stay)
             if why is None:
-                return None
+                return Decision(current, "nothing is worth a move", outlook.evidence(stay))
             gain, row = outlook.gain(best, stay), outlook.row(stay)
-        evidence = {**outlook.evidence(best), "gain": gain, "stay": row}
+            evidence = {**outlook.evidence(best), "gain": gain, "stay": row}
         return Decision(outlook.allocation(best), f"{outlook.goal_text()}: {why}", evidence)
 
     # --- beyond the policy ----------------------------------------------------------------------
@@ -205,8 +205,8 @@ def _why_move(outlook: Outlook, best: int, stay: int) -> str | None:
     """A reason to move from one place to another; None if there is none."""
     if not outlook.allowed[stay]:
         return "the fleet needs functions for other jobs"
-    eased = outlook.limited_high(best) < EASED * outlook.limited_high(stay)
-    if outlook.at_risk(stay) and eased:
+    if outlook.at_risk(stay) and outlook.limited(best) < EASED * outlook.limited(stay):
         return "the limit is at risk"
-    gain = outlook.gain(best, stay)
-    return f"saves {gain:.0%} of what is left" if gain > LEAST_GAIN else None
+    if outlook.gain(best, stay, GAIN_Z) <= LEAST_GAIN:
+        return None
+    return f"saves {outlook.gain(best, stay):.0%} of what is left"

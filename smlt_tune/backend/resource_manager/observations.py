@@ -66,6 +66,8 @@ class Profile:
         other_share: Time outside of training iterations (evaluation, checkpoints) over the time
             inside.
         start_s: From the invocation until the worker was ready to train, seconds; 0 if not known.
+        warm_s: By how much the first iteration after that took longer than the others: state that
+            is restored, cold caches; seconds, 0 if not known.
         peak_mb: Highest resident memory of a worker, MB; 0 if not known.
         out_of_memory: The memory was not enough. Then ``peak_mb`` is a lower bound and there are no
             times.
@@ -79,6 +81,7 @@ class Profile:
     sync_s: float = 0.0
     other_share: float = 0.0
     start_s: float = 0.0
+    warm_s: float = 0.0
     peak_mb: float = 0.0
     out_of_memory: bool = False
 
@@ -118,8 +121,7 @@ class Plan:
     Attributes:
         chosen: What the resource manager would take.
         front: The allocations that nothing beats in both time and cost, by time.
-        feasible: False if no allocation is expected to keep the goal's limit, not even at the lucky
-            end of its interval.
+        feasible: False if no allocation can be expected to keep the goal's limit, even with luck.
         notes: What the user should know, one sentence each: an infeasible goal with the nearest
             feasible one, or that nothing is known of the length of the job.
         own: Profiles of the job itself that entered.

@@ -36,7 +36,14 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 #: Standard deviations by which the goal's limit has to be kept; fewer if no allocation does that.
-LIMIT_Z = (1.0, 0.5, 0.0)
+LIMIT_Z = (0.5, 0.25, 0.0)
+#: A job that runs moves only to where it uses no more than this share of what is left of the limit.
+#: What is chosen to just keep the limit would soon be at risk again.
+MOVE_SHARE = 0.97
+#: The limit is at risk where a job is expected to use more than this share of what is left of it.
+RISK_SHARE = 0.99
+#: A goal is refused if even that many standard deviations of luck would not do.
+REFUSED_Z = 3.0
 #: Least probability that the memory is enough.
 FITS = 0.95
 #: Weight of what the goal does not ask for: cheapest still prefers the faster of two equals.
@@ -47,6 +54,8 @@ NEARLY = 1.03
 Z90 = 1.645
 #: Least standard deviation of ln(time) of a whole job.
 JOB_SD = 0.02
+#: What the first iteration of functions takes longer than others, as long as none was seen, s.
+WARM_S = 0.3
 #: What a job of unknown length is assumed to have left, iterations: only ratios matter then.
 UNKNOWN_ITERATIONS = 1000
 
@@ -159,6 +168,11 @@ class Knowledge:
         seen = [p.start_s for p in self.near if p.start_s > 0]
         return float(np.median(seen[:16])) if seen else self.facts.start_s or self.table.start_s
 
+    def warm_s(self) -> float:
+        """What its first iteration then takes longer than others."""
+        seen = [p.warm_s for p in self.near if p.warm_s > 0]
+        return float(np.median(seen[:16])) if seen else WARM_S
+
 
 def _holdings(workloads: list[Workload], workers: Array, trials: Array) -> Holdings:
     batch = np.array([float(w.batch) for w in workloads])
@@ -193,6 +207,9 @@ class Outlook:
         self._fits = memory.fits(holdings, grid.memory_mb)
         self.own = sum(p.job_id == known.facts.job_id for p in known.near)
         self.siblings = len(known.near) - self.own
+        self._others = np.zeros(size, dtype=bool)  # those that the job would have to move to
+        if current is not None:
+            self._others = ~self._same(current)
         self._terms = self._job_terms(current)
         self.time_s = self._terms.time_s(np.exp(self._mean))
         self.cost_usd = self._terms.cost_usd(np.exp(self._mean))
@@ -200,14 +217,15 @@ class Outlook:
 
     def _job_terms(self, current: Allocation | None) -> JobTerms:
         known, grid, size = self._known, self._grid, len(self._grid.workers)
-        start_s, other = known.start_s(), known.other_share()
+        start_s, warm_s = known.start_s(), known.warm_s()
         told = known.iterations_left()
         stores = list(known.stores.values())
         whole = JobTerms(
             iterations=np.full(size, float(UNKNOWN_ITERATIONS if told is None else told)),
-            other_share=other,
+            other_share=known.other_share(),
             start_s=start_s,
-            before_s=np.full(size, start_s),
+            warm_s=warm_s,
+            before_s=np.full(size, start_s + warm_s),
             before_usd=np.zeros(size),
             starts=np.ones(size),
             time_limit_s=self._facts.limits.time_limit_s,
@@ -226,11 +244,11 @@ class Outlook:
         left = whole.iterations[stay]
         meanwhile = min(whole.start_s / iteration_s, left)
         per_s = self.workers[stay] * self.memory_mb[stay] / 1024.0 * whole.gb_second_usd
-        others = np.arange(len(self.workers)) != stay
+        others = self._others
         return replace(
             whole,
             iterations=np.where(others, left - meanwhile, left),
-            before_s=np.where(others, meanwhile * iteration_s + MOVE_S, 0.0),
+            before_s=np.where(others, meanwhile * iteration_s + MOVE_S + whole.warm_s, 0.0),
             before_usd=np.where(others, meanwhile * iteration_s * per_s, 0.0),
             starts=np.where(others, 1.0, 0.0),
         )
@@ -241,10 +259,12 @@ class Outlook:
 
     def index(self, allocation: Allocation) -> int:
         """Where an allocation is in the grid; it is there."""
-        grid = self._grid
-        store = self._names.index(allocation.store) if allocation.store in self._names else 0
-        same = (grid.workers == allocation.workers) & (grid.memory_mb == allocation.memory_mb)
-        return int(np.flatnonzero(same & (grid.store == store))[0])
+        return int(np.flatnonzero(self._same(allocation))[0])
+
+    def _same(self, allocation: Allocation) -> NDArray[np.bool_]:
+        grid, one = self._grid, Grid.of([allocation], self._names)
+        same = (grid.workers == one.workers) & (grid.memory_mb == one.memory_mb)
+        return np.asarray(same & (grid.store == one.store))
 
     def allocation(self, i: int) -> Allocation:
         """What stands at a place of the grid."""
@@ -263,6 +283,13 @@ class Outlook:
         if isinstance(goal, Cheapest):
             return None if goal.deadline_s is None else goal.deadline_s - facts.elapsed_s
         return None if goal.budget_usd is None else goal.budget_usd - facts.spent_usd
+
+    def _limits(self) -> Array | None:
+        """The same for each allocation, shape (p,): less for those that the job would move to."""
+        limit = self._limit()
+        if limit is None or not self._measurable():
+            return None
+        return np.where(self._others, MOVE_SHARE * limit, limit)
 
     def _limited(self, z: float) -> Array:
         """What the goal limits, z standard deviations of ln t from the middle."""
@@ -289,10 +316,10 @@ class Outlook:
 
     def _keeps(self, z: float) -> NDArray[np.bool_]:
         """What keeps the limit with so many standard deviations to spare."""
-        limit = self._limit()
-        if limit is None or not self._measurable():
+        limits = self._limits()
+        if limits is None:
             return np.ones(len(self.workers), dtype=bool)
-        return np.asarray(self._limited(z) <= limit)
+        return np.asarray(self._limited(z) <= limits)
 
     def best(self) -> int:
         """The posterior optimum under both chance constraints, or what comes nearest to them."""
@@ -308,18 +335,27 @@ class Outlook:
             good = possible & (limited <= NEARLY * limited[possible].min())
         return int(np.argmin(np.where(good, self._objective(), np.inf)))
 
-    def gain(self, new: int, old: int) -> float:
-        """Share of what is left that the new one saves of what the goal minimises."""
-        what = self.cost_usd if isinstance(self._goal, Cheapest) else self.time_s
+    def gain(self, new: int, old: int, z: float = 0.0) -> float:
+        """Share of what is left that the new one saves of what the goal minimises.
+
+        Args:
+            new: Where the job would move to.
+            old: Where it is.
+            z: By how many standard deviations the new one is slower than expected.
+        """
+        t = np.exp(self._mean + z * self._sd * self._others)
+        cheap = isinstance(self._goal, Cheapest)
+        what = self._terms.cost_usd(t) if cheap else self._terms.time_s(t)
         return float(1.0 - what[new] / what[old])
 
-    def limited_high(self, i: int) -> float:
-        """What the goal limits, with something to spare."""
-        return float(self._limited(LIMIT_Z[0])[i])
+    def limited(self, i: int) -> float:
+        """What the goal limits, as it is expected."""
+        return float(self._limited(0.0)[i])
 
     def at_risk(self, i: int) -> bool:
-        """Whether an allocation may break the goal's limit."""
-        return not bool(self._keeps(LIMIT_Z[0])[i])
+        """Whether an allocation is expected to break the goal's limit, or nearly so."""
+        limits = self._limits()
+        return limits is not None and self.limited(i) > RISK_SHARE * limits[i]
 
     def most_promising(self) -> int:
         """Largest constrained expected improvement over the best that is expected now."""
@@ -418,7 +454,9 @@ class Outlook:
         return self._infeasible(best, limit)
 
     def _infeasible(self, best: int, limit: float) -> tuple[bool, tuple[str, ...]]:
-        lucky = bool((self._limited(-Z90)[self.allowed & (self._fits >= FITS)] <= limit).any())
+        lucky = bool(
+            (self._limited(-REFUSED_Z)[self.allowed & (self._fits >= FITS)] <= limit).any()
+        )
         expected = self.prediction(best)
         at, name = expected.allocation, type(self._goal).__name__
         what = f"{at.workers} workers of {at.memory_mb} MB"

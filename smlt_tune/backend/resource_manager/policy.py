@@ -106,7 +106,7 @@ class AllocationPolicy(Protocol):
         """
 
     def review(self, facts: JobFacts) -> Decision | None:
-        """For a job that runs; None to stay with what it has."""
+        """For a job that runs; None, or what it has, to stay with that."""
 
 
 @runtime_checkable

@@ -109,6 +109,7 @@ def terms(**changed):
         "iterations": np.array([100.0]),
         "other_share": 0.0,
         "start_s": 2.0,
+        "warm_s": 0.0,
         "before_s": np.array([2.0]),
         "before_usd": np.array([0.0]),
         "starts": np.array([1.0]),
@@ -142,6 +143,12 @@ def terms(**changed):
             {"time_limit_s": 20.0},
             52.0 + 2 * MOVE_S,
             4 * (3 * 1e-3 + (50 + 2 * MOVE_S + 3 * 2) * 2 * 1e-5),
+        ),
+        # first iterations on cold caches: one at the start, one after the hand-over
+        (
+            {"time_limit_s": 30.0, "warm_s": 0.5, "before_s": np.array([2.5])},
+            52.5 + MOVE_S + 0.5,
+            4 * (2 * 1e-3 + (50 + MOVE_S + 2 * 2.5) * 2 * 1e-5),
         ),
         ({"store_usd_per_s": np.array([0.1])}, 52.0, 4 * (1e-3 + 52 * 2 * 1e-5) + 50 * 0.1),
         # 3 n + 1 requests of every worker in every iteration
