@@ -18,7 +18,7 @@ the share of a core that all of them take, however many jobs run.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from heapq import nsmallest
 from typing import Any, TypeVar
 
@@ -51,6 +51,8 @@ REVIEW_PAUSE_S = 0.25
 #: A generation is looked at after so many iterations or so much time of them, in seconds.
 MEASURED_ITERATIONS = 5
 MEASURED_S = 2.0
+#: Features that are off by no more than this share are those of the same model.
+ALIKE = 0.1
 #: Shares of a job after which it is looked at again.
 MILESTONES = (0.15, 0.35, 0.6)
 #: When functions have become free or are waited for, so many jobs are looked at, ...
@@ -200,7 +202,7 @@ class Adaptation:
         )
         told = Workload(features, event.batch, event.iterations, job.state.spec.function)
         before, job.workload = job.workload, told
-        if before is None or (before.features, before.batch) != (features, event.batch):
+        if before is None or not _alike(before, told):
             job.workload_changed = True
             self._record("workload", job.job_id, asdict(told))
 
@@ -320,6 +322,13 @@ def _on_usable_store(decision: Decision, facts: JobFacts) -> Decision:
     if decision.allocation.store in facts.stores:
         return decision
     return replace(decision, allocation=replace(decision.allocation, store=DEFAULT_STORE))
+
+
+def _alike(a: Workload, b: Workload) -> bool:
+    """Whether what was decided for the one holds for the other."""
+    pairs = zip(astuple(a.features), astuple(b.features), strict=True)
+    near = all(abs(x - y) <= ALIKE * max(x, y) for x, y in pairs)
+    return near and a.batch == b.batch
 
 
 def _key(workload: Workload | None, generation: Generation) -> Any:

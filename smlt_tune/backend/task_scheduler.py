@@ -413,7 +413,6 @@ class TaskScheduler:
         for call in generation.calls.values():
             if call.rank == worker.rank:
                 job.boot_s = max(job.boot_s, worker.sign_s - call.started_s)
-                generation.start_s = max(generation.start_s, worker.sign_s - call.started_s)
         if generation.started or not all(w.ready for w in generation.workers):
             return
         if generation.start is not None:
@@ -426,6 +425,8 @@ class TaskScheduler:
     def _start(self, job: Record, generation: Generation) -> None:
         assert generation.start is not None
         generation.started, generation.began_s = True, self._clock.monotonic()
+        invoked_s = min((c.started_s for c in generation.calls.values()), default=0.0)
+        generation.start_s = generation.began_s - (invoked_s or generation.began_s)
         self._ready_s = 0.8 * (self._ready_s or generation.start_s) + 0.2 * generation.start_s
         names = self._keys.generation(job.job_id, generation.number)
         wake = [names.tokens(w.rank) for w in generation.workers]

@@ -48,6 +48,10 @@ from smlt_tune.runtime.workload import BatchSize, Course, WorkloadTeller
 #: A worker whose time limit is nearer than this (plus a few iterations) asks for a hand-over, s.
 TIME_LIMIT_MARGIN_S = 0.5
 
+#: A worker that is alone asks this often whether it is to leave, in seconds: whoever is to follow
+#: waits, and is billed.
+ASK_S = 0.1
+
 #: After so many boundaries without need, the whole state is no longer copied before every step.
 SHADOW_BOUNDARIES = 10
 
@@ -714,7 +718,7 @@ class Session:
         if self._time_is_up():
             return True
         now = self._clock.monotonic()
-        if now - self._pace.last_asked_s < self._spec.progress_s:
+        if now - self._pace.last_asked_s < ASK_S:
             return False
         self._pace.last_asked_s = now
         return self._membership.asked_to_leave()

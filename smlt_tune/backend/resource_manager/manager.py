@@ -33,7 +33,7 @@ from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
 from smlt_tune.errors import InvalidInput
 
 #: A job moves if that saves more than this share of what is left, the move paid for.
-LEAST_GAIN = 0.03
+LEAST_GAIN = 0.05
 #: ... even where it is slower by so many standard deviations than expected.
 GAIN_Z = 0.5
 #: If the limit is at risk, a job moves to where it would use less than this share of what it would

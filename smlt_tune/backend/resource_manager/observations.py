@@ -65,7 +65,8 @@ class Profile:
         sync_s: Part of it that went into synchronisation, seconds.
         other_share: Time outside of training iterations (evaluation, checkpoints) over the time
             inside.
-        start_s: From the invocation until the worker was ready to train, seconds; 0 if not known.
+        start_s: From the invocation of its functions until they trained (all were ready, and others
+            had left), seconds; 0 if not known.
         warm_s: By how much the first iteration after that took longer than the others: state that
             is restored, cold caches; seconds, 0 if not known.
         peak_mb: Highest resident memory of a worker, MB; 0 if not known.

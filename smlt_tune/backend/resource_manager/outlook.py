@@ -37,8 +37,11 @@ Array = NDArray[np.float64]
 
 #: Standard deviations by which the goal's limit has to be kept; fewer if no allocation does that.
 LIMIT_Z = (0.5, 0.25, 0.0)
-#: A job that runs moves only to where it uses no more than this share of what is left of the limit.
-#: What is chosen to just keep the limit would soon be at risk again.
+#: Where the standard deviation of ln t is larger than this, more of them in proportion: a job that
+#: begins far too slowly cannot make up for it.
+UNSURE_SD = 0.35
+#: A job that runs moves only to where it uses no more than this share of what is left of the limit:
+#: what is chosen to just keep the limit would soon be at risk again.
 MOVE_SHARE = 0.97
 #: The limit is at risk where a job is expected to use more than this share of what is left of it.
 RISK_SHARE = 0.99
@@ -207,6 +210,7 @@ class Outlook:
         self._fits = memory.fits(holdings, grid.memory_mb)
         self.own = sum(p.job_id == known.facts.job_id for p in known.near)
         self.siblings = len(known.near) - self.own
+        self._current = current
         self._others = np.zeros(size, dtype=bool)  # those that the job would have to move to
         if current is not None:
             self._others = ~self._same(current)
@@ -285,13 +289,22 @@ class Outlook:
         return None if goal.budget_usd is None else goal.budget_usd - facts.spent_usd
 
     def _limits(self) -> Array | None:
-        """The same for each allocation, shape (p,): less for those that the job would move to."""
-        limit = self._limit()
+        """The same for each allocation, shape (p,), less a reserve: it may have to be left again.
+
+        Where the job is already, everything that is left may be used.
+        """
+        limit, terms = self._limit(), self._terms
         if limit is None or not self._measurable():
             return None
-        return np.where(self._others, MOVE_SHARE * limit, limit)
+        reserve = np.full(len(self.workers), MOVE_S + terms.warm_s)
+        if isinstance(self._goal, Fastest):
+            usd_per_s = self.workers * self.memory_mb / 1024.0 * terms.gb_second_usd
+            reserve = usd_per_s * (terms.start_s + terms.warm_s)
+        if self._current is None:
+            return limit - reserve
+        return np.where(self._others, MOVE_SHARE * limit - reserve, limit)
 
-    def _limited(self, z: float) -> Array:
+    def _limited(self, z: float | Array) -> Array:
         """What the goal limits, z standard deviations of ln t from the middle."""
         iteration_s = np.exp(self._mean + z * self._sd)
         if isinstance(self._goal, Cheapest):
@@ -319,7 +332,7 @@ class Outlook:
         limits = self._limits()
         if limits is None:
             return np.ones(len(self.workers), dtype=bool)
-        return np.asarray(self._limited(z) <= limits)
+        return np.asarray(self._limited(z * np.maximum(1.0, self._sd / UNSURE_SD)) <= limits)
 
     def best(self) -> int:
         """The posterior optimum under both chance constraints, or what comes nearest to them."""
