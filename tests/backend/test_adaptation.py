@@ -166,6 +166,37 @@ def test_a_generation_ends_with_a_profile_for_the_siblings(world, policy):
     assert body["workload"]["features"]["parameters"] == 1000
 
 
+def test_a_profile_tells_what_the_start_and_the_first_iteration_took(world, policy):
+    submit(world)
+    world.clock.now += 3.0
+    world.ready(ranks=(0, 1))
+    world.clock.now += 0.7
+    world.progress(ranks=(0, 1), at=1)
+    world.workload()
+    measured(world, 10, iteration_s=0.1)
+    (profile,) = policy.observed
+    assert profile.start_s == 3.0
+    assert profile.warm_s == pytest.approx(0.6)
+
+
+def test_a_start_lasts_until_the_others_have_left(world, policy):
+    quiet(world, policy)
+    policy.answer = Decision(LARGE, "better")
+    world.workload(batch=128)
+    measured(world, 0)
+    look(world)
+    world.clock.now += 2.0
+    world.ready(generation=1, ranks=range(4))
+    world.clock.now += 1.5
+    world.hand_over(ranks=(0, 1))
+    policy.observed.clear()
+    world.progress(generation=1, ranks=range(4), at=6)
+    world.workload(generation=1, batch=128)
+    measured(world, 10, generation=1, at=16)
+    assert policy.observed[-1].allocation == LARGE
+    assert policy.observed[-1].start_s == pytest.approx(3.5)
+
+
 def test_a_relaunch_goes_on_with_the_profile_of_its_allocation(world, policy):
     submit(world)
     world.train(workers=2)
@@ -409,6 +440,11 @@ def same_again(world):
     measured(world, 1, left=989)
 
 
+def model_hardly_grows(world):
+    world.workload(parameters=1050)
+    measured(world, 0)
+
+
 def a_little_slower(world):
     for _ in range(30):
         measured(world, 5, 0.115, left=989)
@@ -428,7 +464,8 @@ def other_batch_of_a_dead_worker(world):
 
 
 @pytest.mark.parametrize(
-    "what", [same_again, a_little_slower, one_outlier, other_batch_of_a_dead_worker]
+    "what",
+    [same_again, model_hardly_grows, a_little_slower, one_outlier, other_batch_of_a_dead_worker],
 )
 def test_no_occasion_to_look_again(world, policy, what):
     quiet(world, policy)
