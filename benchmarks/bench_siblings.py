@@ -14,13 +14,15 @@ Per job, one after the other, so that other load on the machine meets all alike:
   (*alone*); and the recipe of the *SMLT* paper: Gaussian process with expected improvement over raw
   workers and memory, 10 profiling runs of 5 iterations after a first one, then the best that was
   seen, all paid for. Its first profile is in the middle of the grid;
-* for the last four, the resource manager with the profiles but without being told features.
+* from the eighth on, the resource manager with the profiles but without being told features.
+
+*alone* and *SMLT* run for the first, the fourth, and from the eighth on.
 
 The resource manager chooses anything from 1 to 8 workers of 512 to 1,769 MB, not only what is in
 the grid: it may be better than the best of the grid. See real_jobs.py for the machine and its
 bills.
 
-    python benchmarks/bench_siblings.py             # about 22 minutes; the machine must be quiet
+    python benchmarks/bench_siblings.py             # about 18 minutes; the machine must be quiet
     python benchmarks/bench_siblings.py --resume    # goes on after the last whole sibling
     python benchmarks/bench_siblings.py --quick     # three siblings, about a minute: does it work?
 """
@@ -43,20 +45,20 @@ from smlt_tune.backend.resource_manager.observations import Allocation, Profile
 from smlt_tune.backend.resource_manager.policy import JobFacts
 from smlt_tune.errors import OutOfMemory, SmltError
 
-#: Model, batch size, epochs; growing. The epochs make a job of some 8 s at its fastest allocation.
+#: Model, batch size, epochs; growing. The epochs make a job of some 15 s at its fastest allocation.
 SIBLINGS = (
-    (Model((8, 16), 64), 192, 12),
-    (Model((), 80), 768, 48),
-    (Model((), 110), 768, 40),
-    (Model((12, 24), 120), 192, 9),
-    (Model((16, 32), 140), 192, 7),
-    (Model((), 280), 768, 26),
-    (Model((), 380), 768, 20),
-    (Model((24, 48), 240), 192, 4),
-    (Model((24, 48), 320), 192, 4),
-    (Model((), 600), 768, 13),
-    (Model((), 800), 768, 9),
-    (Model((32, 64), 600), 192, 3),
+    (Model((8, 16), 64), 192, 30),
+    (Model((), 80), 768, 120),
+    (Model((), 110), 768, 100),
+    (Model((12, 24), 120), 192, 22),
+    (Model((16, 32), 140), 192, 18),
+    (Model((), 280), 768, 65),
+    (Model((), 380), 768, 50),
+    (Model((24, 48), 240), 192, 10),
+    (Model((24, 48), 320), 192, 10),
+    (Model((), 600), 768, 32),
+    (Model((), 800), 768, 22),
+    (Model((32, 64), 600), 192, 8),
 )
 QUICK_SIBLINGS = (0, 1, 2)
 WORKERS, MEMORY_MB = (1, 2, 4, 6, 8), (512, 1024, LARGEST_MB)
@@ -68,8 +70,11 @@ SLACK = 1.3
 #: Profiling runs of the SMLT recipe, and their iterations after a first one.
 RECIPE_RUNS, RECIPE_ITERATIONS = 10, 5
 QUICK_RECIPE_RUNS = 2
-#: A prediction is judged at the first review after so many iterations.
+#: A prediction is judged at the first review after so many iterations after which the job has not
+#: moved any more: what was expected is then what was done.
 JUDGED_AFTER = 10
+#: From which sibling on all methods are compared.
+JUDGED_SIBLING = 8
 METHODS = ("best", "shared", "alone", "smlt")
 NAMES = {
     "best": "best of the grid",
@@ -182,7 +187,8 @@ def recipe(cloud, fleet, training, goal, seed, profiles):
 
 def judged(training, run):
     """What was expected after ten iterations, and what then was billed; None if nobody asked."""
-    for review in run.reviews:
+    moves = [i for i, review in enumerate(run.reviews) if review["from"] != review["to"]]
+    for review in run.reviews[moves[-1] if moves else 0 :]:
         if training.length - review["left"] >= JUDGED_AFTER:
             return {
                 "after_iterations": training.length - review["left"],
@@ -219,8 +225,9 @@ def sibling(cloud, number, project, quick):
         shutil.rmtree(before, ignore_errors=True)
         shutil.copytree(project, before)
         totals, runs = {}, {}
-        turn = METHODS[number % len(METHODS) :] + METHODS[: number % len(METHODS)]
-        last = number in QUICK_SIBLINGS[-1:] if quick else number >= len(SIBLINGS) - 4
+        last = number in QUICK_SIBLINGS[-1:] if quick else number >= JUDGED_SIBLING - 1
+        methods = METHODS if last or number in (0, 3) else METHODS[:2]
+        turn = methods[number % len(methods) :] + methods[: number % len(methods)]
         for method in (*turn, "untold") if last else turn:
             if method == "best":
                 run = cloud.pinned(fleet, training, chosen.workers, chosen.memory_mb)
@@ -290,7 +297,9 @@ def summaries(rows):
     found = {}
     for method in NAMES:
         of = [(row["number"], row["runs"][method]) for row in rows if method in row["runs"]]
-        late = [run for number, run in of if number >= 8] or [run for _, run in of[-1:]]
+        late = [run for number, run in of if number >= JUDGED_SIBLING] or [
+            run for _, run in of[-1:]
+        ]
         if of:
             found[method] = {
                 "jobs": len(of),

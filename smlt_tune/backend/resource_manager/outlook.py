@@ -348,8 +348,13 @@ class Outlook:
             good = possible & (limited <= NEARLY * limited[possible].min())
         return int(np.argmin(np.where(good, self._objective(), np.inf)))
 
-    def gain(self, new: int, old: int, z: float = 0.0) -> float:
-        """Share of what is left that the new one saves of what the goal minimises.
+    def gain(self, new: int, old: int) -> float:
+        """Share of what is left that the new one saves of what the goal minimises."""
+        what = self.cost_usd if isinstance(self._goal, Cheapest) else self.time_s
+        return float(1.0 - what[new] / what[old])
+
+    def saving(self, new: int, old: int, z: float) -> float:
+        """The same as a share of the whole job: of what was used already, too.
 
         Args:
             new: Where the job would move to.
@@ -357,9 +362,12 @@ class Outlook:
             z: By how many standard deviations the new one is slower than expected.
         """
         t = np.exp(self._mean + z * self._sd * self._others)
-        cheap = isinstance(self._goal, Cheapest)
-        what = self._terms.cost_usd(t) if cheap else self._terms.time_s(t)
-        return float(1.0 - what[new] / what[old])
+        facts = self._facts
+        if isinstance(self._goal, Cheapest):
+            what, used = self._terms.cost_usd(t), facts.spent_usd
+        else:
+            what, used = self._terms.time_s(t), facts.elapsed_s
+        return float((what[old] - what[new]) / (used + what[old]))
 
     def limited(self, i: int) -> float:
         """What the goal limits, as it is expected."""
