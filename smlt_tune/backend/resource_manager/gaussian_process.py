@@ -2,12 +2,15 @@ r"""A Gaussian process on ln(time per iteration) with the analytic model inside.
 
 With the analytic model g linearised at the most probable theta, J its gradient there,
 
-    ln t ~ N(g(theta*) + J (theta0 - theta*),  J S0 J' + trial + field + context) + noise
+    ln t ~ N(g(theta*) + J (theta0 - theta*),  J S0 J' + trial + kind + field + context) + noise
 
 - ``J S0 J'``: what the data say about theta, with the prior N(theta0, S0). The prior covariance
   with a mean that belongs to theta0, not the posterior, or the data would count twice.
 - ``trial``: each trial computes and synchronises a little faster or slower than its features say;
   one effect for each share of its time.
+- ``kind``: how efficiently operations are computed depends on the kind of layers, which shows in
+  their number per parameter: Matern 5/2 over (ln P, ln F / P, ln B), on the share of computation.
+  What was learnt of convolutions says little of dense layers.
 - ``field``: Matern 5/2 over (ln n, ln m): what the model gets wrong about allocations.
 - ``context``: Matern 5/2 over (ln n, ln m, ln P, ln F, ln B): the same, about models.
 
@@ -42,6 +45,8 @@ Array = NDArray[np.float64]
 
 #: Standard deviations of a trial's effects on its computation and on its synchronisation.
 TRIAL_COMPUTE_SD, TRIAL_SYNC_SD = 0.2, 0.2
+#: Standard deviation and length scales (ln P, ln F / P, ln B) of the effect of the kind of layers.
+KIND_SD, KIND_SCALES = 0.4, (3.0, 1.5, 3.0)
 #: Standard deviation and length scales (ln n, ln m) of the field over allocations.
 FIELD_SD, FIELD_SCALES = 0.06, (1.5, 1.2)
 #: Standard deviation and length scales (ln n, ln m, ln P, ln F, ln B) of the field over models.
@@ -58,6 +63,8 @@ _JITTER = 1e-8
 _SHARES = len(PRIOR)
 _TRIAL = _SHARES + 2
 _PLACE = _TRIAL + 1
+#: The shares carry the trial's standard deviation already.
+_KIND = KIND_SD / TRIAL_COMPUTE_SD
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class TimeKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        self.kind = _matern(KIND_SCALES)
         self.field = _matern(FIELD_SCALES)
         self.context = _matern(CONTEXT_SCALES)
         self.double()
@@ -90,14 +98,25 @@ class TimeKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
         self, x1: torch.Tensor, x2: torch.Tensor, *, diag: bool = False, **_: Any
     ) -> torch.Tensor:
         if diag:  # gpytorch asks for it of equal inputs only
-            return (x1[:, :_TRIAL] ** 2).sum(1) + FIELD_SD**2 + CONTEXT_SD**2
-        return self.physics(x1, x2) + self.fields(x1, x2)
+            kind = (x1[:, _SHARES] * _KIND) ** 2
+            return (x1[:, :_TRIAL] ** 2).sum(1) + kind + FIELD_SD**2 + CONTEXT_SD**2
+        return self.physics(x1, x2, self.kinds(x1, x2)) + self.fields(x1, x2)
 
-    def physics(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-        """``J S0 J'`` + trial: what depends on theta."""
+    def physics(self, x1: torch.Tensor, x2: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+        """``J S0 J'`` + trial + kind: what depends on theta."""
         same = x1[:, _TRIAL, None] == x2[:, _TRIAL]
         effects = x1[:, _SHARES:_TRIAL] @ x2[:, _SHARES:_TRIAL].T
-        return x1[:, :_SHARES] @ x2[:, :_SHARES].T + same * effects
+        kind = kinds * torch.outer(x1[:, _SHARES], x2[:, _SHARES])
+        return x1[:, :_SHARES] @ x2[:, :_SHARES].T + same * effects + kind
+
+    def kinds(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+        """How much of the effect of the kind of layers two places share."""
+
+        def place(x: torch.Tensor) -> torch.Tensor:
+            ln_p, ln_f, ln_b = x[:, _PLACE + 2 :].T
+            return torch.stack([ln_p, ln_f - ln_p, ln_b], dim=1)
+
+        return torch.as_tensor(_KIND**2 * self.kind.forward(place(x1), place(x2)))
 
     def fields(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
         """What the analytic model gets wrong: field + context."""
@@ -192,7 +211,8 @@ class GaussianProcess:
         with torch.no_grad():
             variance = self._own(x).numpy()
             if len(self._measured.ln_s):
-                across = self._physics(self._x, x) + self._fields(self._x, x)
+                kinds = self._kinds(self._x, x)
+                across = self._physics(self._x, x, kinds) + self._fields(self._x, x)
                 half = torch.linalg.solve_triangular(self._factor, across, upper=False)
                 mean = mean + (across.T @ self._weights).numpy()
                 variance = variance - (half**2).sum(0).numpy()
@@ -201,16 +221,16 @@ class GaussianProcess:
     def _fit(self) -> None:
         """Finds the most probable theta, and the posterior there (Gauss-Newton)."""
         measured = self._measured
-        apart: torch.Tensor | None = None
+        apart = kinds = None
         for last in (*[False] * (_STEPS - 1), True):
             times = self._model(measured.at, self._theta)
             self._x = x = features(measured.at, times, measured.trials)
             surprise = measured.ln_s - times.ln_s - times.gradient @ (THETA_MEAN - self._theta)
             with torch.no_grad():
-                if apart is None:  # the same for every theta
-                    apart = self._fields(x, x)
+                if apart is None or kinds is None:  # the same for every theta
+                    apart, kinds = self._fields(x, x), self._kinds(x, x)
                     apart.diagonal().add_(torch.from_numpy(self._noise) + _JITTER)
-                self._factor = torch.linalg.cholesky(self._physics(x, x) + apart)
+                self._factor = torch.linalg.cholesky(self._physics(x, x, kinds) + apart)
                 self._weights = torch.cholesky_solve(
                     torch.from_numpy(surprise)[:, None], self._factor
                 )[:, 0]
@@ -226,10 +246,13 @@ class GaussianProcess:
         self._noise = self._noise + np.where(slow, (z / np.sqrt(inverse)) ** 2, 0.0)
         return bool(slow.any())
 
-    def _physics(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def _physics(self, a: torch.Tensor, b: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
         if not self._residual:
             return a[:, :_SHARES] @ b[:, :_SHARES].T
-        return time_kernel().physics(a, b)
+        return time_kernel().physics(a, b, kinds)
+
+    def _kinds(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return time_kernel().kinds(a, b)
 
     def _fields(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if not self._residual:
