@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import gpytorch
 import numpy as np
 import pytest
@@ -127,6 +129,19 @@ def test_siblings_and_own_measurements_narrow_the_prediction():
     assert cold[1] > 2 * warm[1] > 2 * warmer[1]
     assert cold[0] > warmer[0]
     assert warm[0] > warmer[0]
+
+
+def test_what_was_learnt_of_convolutions_says_little_of_dense_layers():
+    rng = np.random.default_rng(7)
+    alone = {"workers": np.ones(12)}
+    dense = replace(places(rng, 12, 2e6), **alone)
+    convolutions = replace(dense, flops=50 * dense.flops)
+    slow = MODEL(convolutions, THETA_MEAN).ln_s + 1.0
+    process = gp.GaussianProcess(MODEL, measurements(convolutions, slow, np.arange(12) // 3))
+    _, sure = process.predict(convolutions, np.full(12, 99.0))
+    _, unsure = process.predict(dense, np.full(12, 99.0))
+    assert sure.max() < 0.25
+    assert unsure.min() > 0.45
 
 
 def test_one_straggler_does_not_spoil_the_rest():
