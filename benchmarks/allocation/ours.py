@@ -12,7 +12,7 @@ from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts
 
 #: As in ``smlt_tune.backend.adaptation``: a generation is looked at once so many iterations or
 #: seconds are measured, and the job at these parts of its iterations.
-MEASURED_ITERATIONS, MEASURED_S = 5, 2.0
+MEASURED_ITERATIONS, MEASURED_LEAST_S, MEASURED_S = 5, 1.0, 2.0
 LOOKS = (0.15, 0.35, 0.60)
 #: Iterations of a profiling run: those that are measured, and one before them to warm up.
 PROFILED = 5
@@ -139,7 +139,8 @@ class LiveJob:
         looks = [look for part in LOOKS if (look := math.ceil(part * total)) > done]
         if not here:
             iteration_s = float(self.candidate.iteration_s(**_where(allocation)))
-            looks.append(done + min(MEASURED_ITERATIONS, math.ceil(MEASURED_S / iteration_s)))
+            enough = max(MEASURED_ITERATIONS, math.ceil(MEASURED_LEAST_S / iteration_s))
+            looks.append(done + min(enough, math.ceil(MEASURED_S / iteration_s)))
         return min([total, *looks])
 
     def _train(self, allocation, iterations):

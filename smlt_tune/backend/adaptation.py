@@ -48,8 +48,10 @@ _T = TypeVar("_T")
 
 #: Time between two reviews, in seconds: at 10 ms each, 4 % of a core.
 REVIEW_PAUSE_S = 0.25
-#: A generation is looked at after so many iterations or so much time of them, in seconds.
-MEASURED_ITERATIONS = 5
+#: A generation is looked at after so many iterations, if they took so long, in seconds (the first
+#: ones after a start are slower than the rest), ...
+MEASURED_ITERATIONS, MEASURED_LEAST_S = 5, 1.0
+#: ... or after fewer that took so long, in seconds.
 MEASURED_S = 2.0
 #: Features that are off by no more than this share are those of the same model.
 ALIKE = 0.1
@@ -337,7 +339,8 @@ def _key(workload: Workload | None, generation: Generation) -> Any:
 
 
 def _enough(generation: Generation) -> bool:
-    return generation.measured >= MEASURED_ITERATIONS or generation.measured_s >= MEASURED_S
+    enough = generation.measured >= MEASURED_ITERATIONS
+    return generation.measured_s >= (MEASURED_LEAST_S if enough else MEASURED_S)
 
 
 def _share_done(job: Record) -> float:

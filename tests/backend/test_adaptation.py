@@ -394,11 +394,11 @@ def faster(world):
         measured(world, 5, 0.07, left=990)
 
 
-def relaunched(world):
+def relaunched(world, iterations=10):
     world.hand_over(ranks=[0, 1])
     world.end_all("a", 0)
     world.train(workers=2, generation=1, at=6)
-    world.progress(generation=1, at=7, chunk=5, iteration_s=0.1)
+    world.progress(generation=1, at=7, chunk=iterations, iteration_s=0.1)
 
 
 def near_the_time_limit(world):
@@ -440,6 +440,10 @@ def same_again(world):
     measured(world, 1, left=989)
 
 
+def too_few_iterations(world):
+    relaunched(world, iterations=9)
+
+
 def model_hardly_grows(world):
     world.workload(parameters=1050)
     measured(world, 0)
@@ -465,7 +469,10 @@ def other_batch_of_a_dead_worker(world):
 
 @pytest.mark.parametrize(
     "what",
-    [same_again, model_hardly_grows, a_little_slower, one_outlier, other_batch_of_a_dead_worker],
+    [
+        *(same_again, too_few_iterations, model_hardly_grows),
+        *(a_little_slower, one_outlier, other_batch_of_a_dead_worker),
+    ],
 )
 def test_no_occasion_to_look_again(world, policy, what):
     quiet(world, policy)
