@@ -21,11 +21,13 @@ def digits():
     return {"x_train": x[:1400], "y_train": y[:1400], "x_test": x[1400:], "y_test": y[1400:]}
 
 
-def test_the_training_function_and_the_optuna_objective(digits, tmp_path, monkeypatch, capsys):
+def test_the_training_function_its_goals_and_the_optuna_objective(
+    digits, tmp_path, monkeypatch, capsys
+):
     import optuna
 
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
     names = {"__name__": "__main__", **digits}
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
     outcome = names["outcome"]
@@ -33,9 +35,13 @@ def test_the_training_function_and_the_optuna_objective(digits, tmp_path, monkey
     assert outcome.metrics["accuracy"] > 0.8
     assert "accuracy" in capsys.readouterr().out
 
+    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    assert "fastest" in capsys.readouterr().out
+    assert names["cheap"].result().status == "finished"
+
     optuna.logging.disable_default_handler()
     names["study"] = study = optuna.create_study(direction="maximize")
     with smlt.Fleet.open(tmp_path / "my-fleet", budget_usd=0.05) as names["fleet"]:
-        exec(compile(BLOCKS[1].replace("n_trials=100", "n_trials=2"), "README.md", "exec"), names)
+        exec(compile(BLOCKS[2].replace("n_trials=100", "n_trials=2"), "README.md", "exec"), names)
     assert len(study.trials) == 2
     assert all(trial.user_attrs["smlt_cost_usd"] > 0 for trial in study.trials)
