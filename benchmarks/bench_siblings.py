@@ -14,9 +14,9 @@ Per job, one after the other, so that other load on the machine meets all alike:
   (*alone*); and the recipe of the *SMLT* paper: Gaussian process with expected improvement over raw
   workers and memory, 10 profiling runs of 5 iterations after a first one, then the best that was
   seen, all paid for. Its first profile is in the middle of the grid;
-* for the last, the resource manager with the profiles but without being told features.
+* with ``--quick``, for the last, the manager with the profiles but without being told features.
 
-To save time *alone* and *SMLT* run only for siblings 1, 4, 8, 10 and 12.
+To save time *SMLT* runs only for siblings 1, 4 and 8, *alone* for these and the later ones.
 
 The resource manager chooses anything from 1 to 8 workers of 512 to 1,769 MB, not only what is in
 the grid: it may be better than the best of the grid. See real_jobs.py for the machine and its
@@ -74,7 +74,7 @@ QUICK_RECIPE_RUNS = 2
 #: moved any more: what was expected is then what was done.
 JUDGED_AFTER = 10
 #: From which sibling on the claims hold; at which (from 0 on) all methods are compared.
-JUDGED_SIBLING, COMPARED = 8, (0, 3, 7, 9)
+JUDGED_SIBLING, COMPARED = 8, (0, 3, 7)
 METHODS = ("best", "shared", "alone", "smlt")
 NAMES = {
     "best": "best of the grid",
@@ -225,8 +225,9 @@ def sibling(cloud, number, project, quick):
         shutil.rmtree(before, ignore_errors=True)
         shutil.copytree(project, before)
         totals, runs = {}, {}
-        last = number == (QUICK_SIBLINGS[-1] if quick else len(SIBLINGS) - 1)
-        methods = METHODS if last or number in COMPARED else METHODS[:2]
+        last = quick and number == QUICK_SIBLINGS[-1]
+        late = number >= JUDGED_SIBLING - 1
+        methods = METHODS if last or number in COMPARED else METHODS[: 3 if late else 2]
         turn = methods[number % len(methods) :] + methods[: number % len(methods)]
         for method in (*turn, "untold") if last else turn:
             if method == "best":
