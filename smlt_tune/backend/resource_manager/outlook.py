@@ -512,4 +512,4 @@ def _log_improvement(z: Array) -> Array:
     far = np.minimum(z, -1.0)
     ratio = np.sqrt(0.5 * np.pi) * -far * erfcx(-far / np.sqrt(2.0))
     small = density + np.log1p(-np.minimum(ratio, 1.0 - 1e-15))
-    return np.where(z > -1.0, near, small)
+    return np.asarray(np.where(z > -1.0, near, small))
