@@ -39,7 +39,7 @@ import smlt_tune as smlt
 GROWING = Model((8, 16), 1000)
 SMALL_BATCH, SMALL_EPOCHS, EPOCHS = 96, 1, 10
 #: By what factor the batch size grows, and in how many rounds that is measured.
-GROWTHS = ((2, 2), (8, 1))
+GROWTHS = ((2, 1), (8, 1))
 #: 0.1 and 1 million parameters; the first is the one that computes most.
 HEAVY, LARGE, LIGHT = Model((24, 48), 40), Model((), 680), Model((), 110)
 CANDIDATES = (HEAVY, LARGE, LIGHT, LARGE, HEAVY, LARGE, LIGHT, LARGE)

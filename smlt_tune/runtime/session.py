@@ -718,7 +718,7 @@ class Session:
         if self._time_is_up():
             return True
         now = self._clock.monotonic()
-        if now - self._pace.last_asked_s < ASK_S:
+        if now - self._pace.last_asked_s < min(ASK_S, self._spec.progress_s):
             return False
         self._pace.last_asked_s = now
         return self._membership.asked_to_leave()
