@@ -61,6 +61,6 @@ $(INSTALLED): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[torch,gp,optuna,aws,report]' --group test --group bench --group check
+		--editable '.[all]' --group test --group bench --group check
 	@rm -f $(VENV)/.installed-*
 	@touch $@
