@@ -9,6 +9,7 @@ from smlt_tune.errors import InvalidInput
 PLATFORMS = {
     "inline": "smlt_tune.backend.platforms.inline:InlinePlatform",
     "local": "smlt_tune.backend.platforms.local:LocalPlatform",
+    "ray": "smlt_tune.backend.platforms.ray_cluster:RayPlatform",
 }
 
 
