@@ -129,7 +129,7 @@ BAD = [
         "known: factor, min_reports, name",
     ),
     ("pruner: {name: median, warmup: -1}", "pruner.warmup", "expected a whole number of at least"),
-    ("platform: loca", "platform", "expected one of inline, local, not 'loca'; did you mean"),
+    ("platform: loca", "platform", "expected one of inline, local, ray, not 'loca'; did you mean"),
     ("platform: {name: local, concurency: 3}", "unknown setting platform.concurency", "did you"),
     ("platform: {concurrency: 3}", "platform.name", "is missing"),
     ("show: accuracy", "show", "expected a list of names, not 'accuracy'"),

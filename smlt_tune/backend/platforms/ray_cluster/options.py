@@ -43,14 +43,17 @@ class Options:
             raise InvalidInput(mistakes)
 
     def _mistakes_in_address(self) -> list[str]:
-        if self.address is None or (isinstance(self.address, str) and self.address):
-            if self.address is None or not self.address.startswith("ray://"):
-                return []
+        address: Any = self.address
+        if address is None:
+            return []
+        if not isinstance(address, str) or not address:
+            return [f"address={address!r}: must be 'auto', 'local', 'host:port' or None"]
+        if address.startswith("ray://"):
             return [
-                f"address={self.address!r}: Ray Client cannot stream what functions say; run this "
+                f"address={address!r}: Ray Client cannot stream what functions say; run this "
                 "program on the cluster (ray job submit) with address='auto'"
             ]
-        return [f"address={self.address!r}: must be 'auto', 'local', 'host:port' or None"]
+        return []
 
     def _mistakes_in_numbers(self) -> list[str]:
         mistakes = []
@@ -84,16 +87,18 @@ class Options:
 
     def _mistakes_in_choices(self) -> list[str]:
         mistakes = []
-        if not isinstance(self.autoscaling, bool):
+        preload: Any = self.preload
+        runtime_env: Any = self.runtime_env
+        if self.autoscaling not in (False, True):
             mistakes.append(f"autoscaling={self.autoscaling!r}: must be one of False, True")
         if self.isolation not in NAMES:
             known = ", ".join(map(repr, NAMES))
             mistakes.append(f"isolation={self.isolation!r}: must be one of {known}")
-        if isinstance(self.preload, str) or not isinstance(self.preload, Sequence):
-            mistakes.append(f"preload={self.preload!r}: must be a sequence of module names")
-        if self.runtime_env is not None and not isinstance(self.runtime_env, Mapping):
+        if isinstance(preload, str) or not isinstance(preload, Sequence):
+            mistakes.append(f"preload={preload!r}: must be a sequence of module names")
+        if runtime_env is not None and not isinstance(runtime_env, Mapping):
             mistakes.append(
-                f"runtime_env={self.runtime_env!r}: must be a mapping as ray.init takes it, or None"
+                f"runtime_env={runtime_env!r}: must be a mapping as ray.init takes it, or None"
             )
         return mistakes
 
