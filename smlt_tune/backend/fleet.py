@@ -314,6 +314,7 @@ class Fleet:
         workload: Workload | None = None,
         shards: int = 0,
         seed: int = 0,
+        lockstep: bool = False,
         name: str | None = None,
     ) -> Job:
         """Starts a job and returns without waiting for it.
@@ -335,6 +336,9 @@ class Fleet:
                 meant for it. Once it runs, the job says so itself.
             shards: Shards per synchronisation (the paper's m); 0 chooses.
             seed: Everything random in the job derives from it.
+            lockstep: ``session.report`` returns only after ``Job.acknowledge`` has said that the
+                report was consumed, so that a job that is stopped at a report has not trained
+                beyond it. Every report names a checkpoint of its boundary.
             name: Key of the job. A name that the fleet knows, from before a crash too, gives that
                 job instead of a new one.
 
@@ -351,7 +355,8 @@ class Fleet:
         )
         wanted = Cheapest() if goal is None else goal
         job_id = self._free_name() if name is None else name
-        mistakes = _submit_mistakes(train, job_id, seed, shards) + _workload_mistakes(workload)
+        mistakes = _submit_mistakes(train, job_id, seed, shards, lockstep)
+        mistakes += _workload_mistakes(workload)
         facts = JobFacts(job_id, self._platform.limits, wanted, bounds, stores=self._store_names())
         mistakes += check(facts)
         function = digest = ""
@@ -372,7 +377,9 @@ class Fleet:
                 job_id = self._free_name()  # another thread may have taken the one above
             elif job_id in self._states:
                 return self._job(self._states[job_id])
-            spec = JobSpec(job_id, function, digest, seed, bounds, wanted, shards, workload)
+            spec = JobSpec(
+                job_id, function, digest, seed, bounds, wanted, shards, workload, lockstep
+            )
             self._history.append("job", job_id, spec.to_json())
             state = self._states[job_id] = JobState(spec)
             self._queue.put(partial(self._scheduler.submit, state))
@@ -612,6 +619,7 @@ class Fleet:
             resize=self._resize,
             cost=self._scheduler.cost_usd,
             logs=self.path / "logs" / job_id,
+            acknowledge=lambda i, n: self._queue.put(partial(self._scheduler.acknowledge, i, n)),
         )
 
     def _resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
@@ -744,7 +752,9 @@ def _workload_mistakes(workload: object) -> list[str]:
     return not_counts(given)
 
 
-def _submit_mistakes(train: object, job_id: object, seed: object, shards: object) -> list[str]:
+def _submit_mistakes(
+    train: object, job_id: object, seed: object, shards: object, lockstep: object
+) -> list[str]:
     mistakes = []
     if not callable(train):
         mistakes.append(
@@ -757,4 +767,6 @@ def _submit_mistakes(train: object, job_id: object, seed: object, shards: object
     for what, value in (("seed", seed), ("shards", shards)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             mistakes.append(f"{what} must be a whole number of at least 0, not {value!r}")
+    if not isinstance(lockstep, bool):
+        mistakes.append(f"lockstep must be True or False, not {lockstep!r}")
     return mistakes

@@ -61,11 +61,16 @@ class Generation:
     closed_s: float = 0.0
     start_s: float = 0.0
     began_s: float = 0.0
-    first_s: float = 0.0
+    gap_s: float = 0.0
     peak_mb: float = 0.0
     measured: int = 0
     measured_s: float = 0.0
     reviewed: bool = False
+
+    @property
+    def invoked_s(self) -> float:
+        """When the first of its functions was, on the clock's ``monotonic``."""
+        return self.began_s - self.start_s
 
     @property
     def stranded(self) -> bool:
@@ -84,6 +89,23 @@ class Generation:
     def ends_s(self) -> float:
         """When the first of its functions reaches its time limit."""
         return min((c.started_s + c.timeout_s for c in self.calls.values()), default=float("inf"))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A sign that a job trains.
+
+    Attributes:
+        generation: That gave it.
+        at_s: When, on the clock's ``monotonic``.
+        left: Training iterations still to do then.
+        iteration_s: Time of one, as last told; 0 if it was not.
+    """
+
+    generation: Generation
+    at_s: float
+    left: int
+    iteration_s: float
 
 
 @dataclass
@@ -117,6 +139,7 @@ class Record:
     plan: Planned | None = None
     resize_to: Decision | None = None
     next_number: int = 0
+    acknowledged: int = 0
     begun_s: float | None = None
     position: str = ""
     strikes: int = 0
@@ -134,6 +157,7 @@ class Record:
     workload: Workload | None = None
     workload_changed: bool = False
     left: int | None = None
+    seen: Seen | None = None
     other_share: float | None = None
     iteration_s: float = 0.0
     measurements: dict[Any, Measurement] = field(default_factory=dict)

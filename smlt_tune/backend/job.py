@@ -9,7 +9,13 @@ from typing import Any
 from smlt_tune.backend.goals import Cheapest, Fastest, Goal
 from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Allocation, Workload
 from smlt_tune.backend.resource_manager.policy import Bounds
-from smlt_tune.errors import FunctionLost, JobError, OutOfMemory, TrainingFunctionError
+from smlt_tune.errors import (
+    FunctionLost,
+    InvalidInput,
+    JobError,
+    OutOfMemory,
+    TrainingFunctionError,
+)
 from smlt_tune.runtime.features import ModelFeatures
 
 #: A job's ``status`` is one of these.
@@ -33,6 +39,8 @@ class Report:
         workers: Size of the job then.
         memory_mb: Memory of each function then, MB.
         generation: Number of the group of workers that reported.
+        checkpoint: URL of the state at the boundary of this report, for a job in lockstep; None for
+            any other, or if there was nothing to save.
     """
 
     index: int
@@ -42,6 +50,7 @@ class Report:
     workers: int
     memory_mb: int
     generation: int
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,10 @@ class JobSpec:
         goal: What to optimise.
         shards: Shards per synchronisation; 0 chooses.
         workload: What it will compute, if that was known.
+        lockstep: Every report waits until the client has acknowledged it.
+        start_from: Key of the checkpoint of another job that it begins with, copied to its own;
+            empty for none.
+        first_report: How many reports that other job had made by then.
     """
 
     job_id: str
@@ -148,6 +161,9 @@ class JobSpec:
     goal: Goal = field(default_factory=Cheapest)
     shards: int = 0
     workload: Workload | None = None
+    lockstep: bool = False
+    start_from: str = ""
+    first_report: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """For the fleet's history."""
@@ -238,12 +254,14 @@ class Job:
         resize: Callable[[str, int | None, int | None], None],
         cost: Callable[[str], float],
         logs: Path,
+        acknowledge: Callable[[str, int], None],
     ) -> None:
         self._state = state
         self._stop = stop
         self._resize = resize
         self._cost = cost
         self._logs = logs
+        self._acknowledge = acknowledge
 
     def __repr__(self) -> str:
         return f"Job({self.job_id!r}, {self.status})"
@@ -337,6 +355,31 @@ class Job:
             InvalidInput: The platform cannot do that.
         """
         self._resize(self.job_id, workers, memory_mb)
+
+    def acknowledge(self, count: int) -> None:
+        """Says that the first ``count`` reports were consumed: the job may go on after them.
+
+        Only a job that was submitted with ``lockstep=True`` waits for that. The last report's
+        ``index + 1`` is the count that lets it go on to the next one; a larger one lets it run
+        ahead up to there; a smaller one than before changes nothing. The fleet's history does not
+        hold it: after ``Fleet.open`` the job waits until it is acknowledged again.
+
+        Args:
+            count: How many; in a fork, those of the job that it began with count too.
+
+        Raises:
+            InvalidInput: It is no such number, or the job is not in lockstep.
+        """
+        mistakes = []
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            mistakes.append(f"acknowledge() needs a whole number of at least 0, not {count!r}")
+        if not self._state.spec.lockstep:
+            mistakes.append(
+                f"job {self.job_id} does not wait for that: submit it with lockstep=True"
+            )
+        if mistakes:
+            raise InvalidInput(mistakes)
+        self._acknowledge(self.job_id, count)
 
     def logs(self) -> dict[str, str]:
         """What the workers printed, by the name of the invocation."""

@@ -180,6 +180,7 @@ class TaskScheduler:
         """
         job = Record(state, self._clock.monotonic() - elapsed_s, next_number=next_number)
         job.workload = state.workload or state.spec.workload
+        job.acknowledged = state.spec.first_report
         self._jobs[job.job_id] = self._active[job.job_id] = job
         occasion = "resumed" if next_number else "first"
         decision = self._adaptation.first(job, self._facts(job), occasion)
@@ -217,6 +218,19 @@ class TaskScheduler:
         else:
             job.resize_to = Decision(wanted, "asked for")
         self.tick()
+
+    def acknowledge(self, job_id: str, count: int) -> None:
+        """The client has consumed the first ``count`` reports of a job in lockstep."""
+        job = self._active.get(job_id)
+        if job is None or count <= job.acknowledged:
+            return
+        job.acknowledged = count
+        for generation in job.generations:
+            if not generation.closed and not generation.left:
+                names = self._keys.generation(job_id, generation.number)
+                self._store.put({names.consumed: str(count).encode()}, ttl_s=24 * TTL_S)
+                wake = [names.tokens(w.rank) for w in generation.workers]
+                self._store.put_once({}, ttl_s=TTL_S, announce=wake)
 
     def cost_usd(self, job_id: str) -> float:
         """What a job has cost up to now, running functions included, USD."""
@@ -391,7 +405,7 @@ class TaskScheduler:
     # --- events in detail -----------------------------------------------------------------------
 
     def _reported(self, job: Record, event: wire.Reported) -> None:
-        if event.index != len(job.state.reports):
+        if event.index != job.state.spec.first_report + len(job.state.reports):
             return
         of = next((a for a in job.state.allocations if a.generation == event.generation), None)
         if of is None:
@@ -404,7 +418,9 @@ class TaskScheduler:
             workers=of.workers,
             memory_mb=of.memory_mb,
             generation=event.generation,
+            checkpoint=f"{self._objects.url}/{event.checkpoint}" if event.checkpoint else None,
         )
+        job.checkpoint = event.checkpoint or job.checkpoint
         self._record("report", job.job_id, vars(report))
         job.state.add_report(report)
 
@@ -444,11 +460,9 @@ class TaskScheduler:
         job.position = max(job.position, event.position)
         job.peak_mb = max(job.peak_mb, event.peak_mb)
         if event.rank == 0:
-            if event.iterations and not generation.first_s:
-                generation.first_s = worker.sign_s - generation.began_s
             self._adaptation.progress(job, generation, event)
 
-    def _handed_over(self, job: Record, generation: Generation, checkpoint: str) -> None:
+    def _handed_over(self, job: Record, generation: Generation, checkpoint: str | None) -> None:
         if generation.left:
             return
         following = job.following
@@ -689,7 +703,10 @@ class TaskScheduler:
         job.state.update(allocations=[*job.state.allocations, entry])
         (self._settings.logs / job.job_id).mkdir(parents=True, exist_ok=True)
         names = self._keys.generation(job.job_id, number)
-        self._store.put({names.open: b"1"}, ttl_s=24 * TTL_S)
+        said = {names.open: b"1"}
+        if job.state.spec.lockstep:
+            said[names.consumed] = str(job.acknowledged).encode()
+        self._store.put(said, ttl_s=24 * TTL_S)
         self._store_is_gone = False
         generation.to_invoke = list(range(len(workers)))
         self._invoke_rest(job, now)
@@ -793,6 +810,8 @@ class TaskScheduler:
             max_puts=puts if paid else None,
             max_gets=gets if paid else None,
             gradient_store=self._settings.gradient_stores.get(generation.allocation.store, ""),
+            lockstep=spec.lockstep,
+            fork=spec.start_from,
         )
 
     def _without_money(self, job: Record, error: BudgetExhausted) -> None:
@@ -868,7 +887,8 @@ class TaskScheduler:
     def _ask_to_leave(self, job: Record, generation: Generation) -> None:
         generation.asked_to_leave = True
         names = self._keys.generation(job.job_id, generation.number)
-        self._store.put({names.leave: b"1"}, ttl_s=TTL_S)
+        wake = [names.tokens(0)]  # it may wait in a report
+        self._store.put_once({names.leave: b"1"}, ttl_s=TTL_S, announce=wake)
 
     def _close(self, job: Record, generation: Generation, *, kill: bool = True) -> None:
         """Fences a generation off: from now on it may do what it wants."""

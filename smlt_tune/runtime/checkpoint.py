@@ -14,6 +14,9 @@ from smlt_tune.runtime import keys
 from smlt_tune.runtime.position import Position
 from smlt_tune.runtime.stores.base import ObjectStore
 
+#: A job in lockstep keeps the checkpoints of so many of its last reports: others may begin there.
+KEEP_OF_REPORTS = 3
+
 
 class Checkpoints:
     """The checkpoints of one job.

@@ -7,6 +7,8 @@ beginning. Nobody rolls back.
 
 Going. The scheduler (or a worker whose time is up) asks for a hand-over; the aggregator makes all
 workers agree on the iteration; rank 0 saves the checkpoint, and the others stay until it is safe.
+While a job in lockstep waits in a report, there is nothing to agree on: rank 0 leaves, and the
+others, who cannot get past the next synchronisation without it, follow.
 """
 
 import json
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from smlt_tune.runtime import wire
-from smlt_tune.runtime.aggregator import TTL_S, HierarchicalAggregator
+from smlt_tune.runtime.aggregator import LOOK_AROUND_S, TTL_S, HierarchicalAggregator
 from smlt_tune.runtime.clock import Clock
 from smlt_tune.runtime.keys import FleetKeys
 from smlt_tune.runtime.stores.base import ParameterStore
@@ -64,6 +66,7 @@ class Membership:
         self.keys = self._fleet.generation(spec.job, spec.generation)
         self._last_asked = self._last_sign = clock.monotonic()
         self._inside = self._asking = False
+        self._token = "0"
         self._control = self._aggregator(store)
         self.aggregator = self._control
         if gradients is not None:
@@ -156,11 +159,15 @@ class Membership:
         """What a waiting worker does now and then: notice the end, help a replacement."""
         spec = self._spec
         wants = [self.keys.want(r) for r in range(spec.workers) if r != spec.rank]
-        opened, end, *requests = self._store.get([self.keys.open, self.keys.end, *wants])
+        singles = [self.keys.open, self.keys.end, self.keys.away]
+        opened, end, away, *requests = self._store.get([*singles, *wants])
         if opened is None:
             raise Leave
         if end is not None and self._asking:
             raise _AllGone(end.decode())
+        if away is not None:
+            self.tell(wire.HandedOver, checkpoint=away.decode())
+            raise Leave
         for request in requests:
             if request is not None and self._inside:
                 self._answer(request.decode())
@@ -168,6 +175,46 @@ class Membership:
         if now - self._last_sign >= SIGN_OF_LIFE_S:
             self._last_sign = now
             self._sign_of_life()
+
+    def consumed(self) -> int:
+        """How many reports of the job the client has consumed, as far as it has said so."""
+        (count,) = self._store.get([self.keys.consumed])
+        return 0 if count is None else int(count)
+
+    def wait_until_consumed(
+        self, count: int, may_leave: bool, time_is_up: Callable[[], bool]
+    ) -> int:
+        """Waits until the client has consumed so many reports.
+
+        Args:
+            count: How many.
+            may_leave: A hand-over that is asked for ends the wait.
+            time_is_up: So does this worker's time limit.
+
+        Returns:
+            How many were consumed; fewer than ``count`` if this worker is to leave.
+
+        Raises:
+            Leave: The generation was closed.
+        """
+        names = [self.keys.open, self.keys.consumed, self.keys.leave]
+        while True:
+            opened, consumed, leave = self._store.get(names)
+            if opened is None:
+                raise Leave
+            known = 0 if consumed is None else int(consumed)
+            if known >= count or (may_leave and (leave is not None or time_is_up())):
+                return known
+            before = self._token
+            stream = self.keys.tokens(self._spec.rank)
+            self._token = self._store.wait(stream, before, timeout_s=LOOK_AROUND_S)
+            if self._token == before:
+                self.look_around()
+
+    def go_first(self, checkpoint: str) -> None:
+        """Rank 0 leaves out of a report: the others, wherever they wait for it, follow."""
+        key = checkpoint.encode()
+        self._store.put_once({self.keys.end: key, self.keys.away: key}, ttl_s=TTL_S)
 
     def last_word(self, save: Callable[[], str]) -> str:
         """Before all leave together: the state is saved once, and nobody goes before it is safe.

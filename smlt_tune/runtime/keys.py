@@ -18,7 +18,11 @@ Parameter store (prefix ``smlt:<fleet>:``; everything carries a time to live)
 | ``<job>:g<G>:m<P>:<r>`` | string | part of rank r of a mean | every rank | by expiry |
 | ``<job>:g<G>:reports`` | string | rank 0 | who saves or replaces it | end of generation |
 | ``<job>:g<G>:end`` | string | rank 0 | the other ranks | end of generation |
+| ``<job>:g<G>:away`` | string | rank 0, if it leaves by itself | the others | end of generation |
+| ``<job>:g<G>:consumed`` | string | scheduler | workers of a job in lockstep | end of generation |
 | ``<job>:g<G>:to<r>`` | stream | whoever wrote something for rank r | rank r | end of generation |
+| ``shared/index`` | string | the client | workers: where shared tensors lie | by expiry |
+| ``shared/t/<name>`` | string | the client | workers: a hot shared tensor | by expiry |
 
 A generation whose allocation names another parameter store has ``s...``, ``m...``, ``gone`` and a
 ``to<r>`` of its own there, under the same names.
@@ -34,6 +38,8 @@ Object store
 | ``code/<sha256>`` | a pickled training function or configuration; the name is its content |
 | ``data/<sha256>/<k>`` and ``data/<sha256>/index`` | shards of an uploaded data set |
 | ``jobs/<job>/checkpoints/<position>-<crc32>.safetensors`` | checkpoints; sort like positions |
+| ``shared/updates/<job>.safetensors`` | what a job adds to the shared tensors, until that is done |
+| ``shared/tensors/<number>.safetensors`` | values of shared tensors; the newest names all of them |
 """
 
 import zlib
@@ -55,6 +61,20 @@ class FleetKeys:
     def events(self) -> str:
         """Stream of messages from the workers to the scheduler."""
         return f"{self.prefix}events"
+
+    @property
+    def shared(self) -> str:
+        """What every key about shared tensors starts with. No job has a ``/`` in its name."""
+        return f"{self.prefix}shared/"
+
+    @property
+    def shared_index(self) -> str:
+        """Says where the shared tensors lie."""
+        return f"{self.shared}index"
+
+    def shared_tensor(self, name: str) -> str:
+        """The newest value of a hot shared tensor."""
+        return f"{self.shared}t/{name}"
 
     def generation(self, job: str, generation: int) -> "GenerationKeys":
         """Keys of one generation of one job."""
@@ -105,6 +125,16 @@ class GenerationKeys:
     def end(self) -> str:
         """Names the last checkpoint of the generation, once it is safe."""
         return f"{self.prefix}end"
+
+    @property
+    def away(self) -> str:
+        """Names the checkpoint with which rank 0 has left while it waited in a report."""
+        return f"{self.prefix}away"
+
+    @property
+    def consumed(self) -> str:
+        """How many reports of the job the client has consumed."""
+        return f"{self.prefix}consumed"
 
     def lock(self, request: str) -> str:
         """Held by the one survivor that answers a request."""
@@ -159,3 +189,20 @@ def checkpoint(job: str, position: str, content: bytes) -> str:
 def checkpoint_crc(key: str) -> int:
     """The checksum that a checkpoint's key carries."""
     return int(key.rsplit("-", 1)[1].removesuffix(".safetensors"), 16)
+
+
+#: Prefix of what jobs add to the shared tensors, in the object store.
+SHARED_UPDATES = "shared/updates/"
+
+#: Prefix of the values of shared tensors, in the object store.
+SHARED_TENSORS = "shared/tensors/"
+
+
+def shared_update(job: str) -> str:
+    """Key of what one job adds to the shared tensors."""
+    return f"{SHARED_UPDATES}{job}.safetensors"
+
+
+def shared_tensors(number: int) -> str:
+    """Key of the values that were new at one time; sorts by that."""
+    return f"{SHARED_TENSORS}{number:010d}.safetensors"

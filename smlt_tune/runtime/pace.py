@@ -64,6 +64,14 @@ class Pace:
         self.last_tick_s += seconds
         self.put_aside(seconds)
 
+    def held_up(self, seconds: float) -> None:
+        """The client had to consume a report first: no part of an iteration, nor of an epoch."""
+        self.last_boundary_s += seconds
+        self.last_tick_s += seconds
+        self.put_aside(seconds)
+        if self._epoch_s is not None:
+            self._epoch_s += seconds
+
     def put_aside(self, seconds: float) -> None:
         """Something took place that is no part of the training iteration under way."""
         self._aside_s += seconds

@@ -13,6 +13,10 @@ On its way back to the boundary where it was, a program may do things again that
 scheduler that steps before the loop, initial weights that are set after ``prepare``). So the state
 is restored twice: when objects are prepared, and when the program *arrives* at that boundary.
 Before it arrives, nothing is synchronised and no state is saved.
+
+In *lockstep* a report waits until the client has consumed it. The state of its boundary is saved
+before it is told, so that others can begin there whatever happens next; hence a report that comes
+between a step and the boundary after it is told, and waits, at that boundary.
 """
 
 import json
@@ -29,7 +33,7 @@ import numpy as np
 
 from smlt_tune.errors import InvalidInput, UsageError
 from smlt_tune.runtime import wire
-from smlt_tune.runtime.checkpoint import Checkpoints
+from smlt_tune.runtime.checkpoint import KEEP_OF_REPORTS, Checkpoints
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 from smlt_tune.runtime.data import (
     DataIterator,
@@ -42,6 +46,7 @@ from smlt_tune.runtime.frameworks.base import Framework, read_meta
 from smlt_tune.runtime.handover import CannotGive, Leave, Membership
 from smlt_tune.runtime.pace import Pace
 from smlt_tune.runtime.position import NO_EPOCH, Position, entropy, part
+from smlt_tune.runtime.reports import Reports
 from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
 from smlt_tune.runtime.workload import BatchSize, Course, WorkloadTeller
 
@@ -129,18 +134,15 @@ class Session:
         self._batch_size = 0
         self._everyone = True
         # What has happened since the boundary.
-        self._synced = self._stepped = False
-        self._dirty = False
-        self._shadowed = False
-        self._calm = 0
-        self._syncs = self._boundary_syncs = 0
-        self._reports: dict[str, dict[str, Any]] = {}
-        self._boundary_reports = 0
+        self._synced = self._stepped = self._dirty = self._shadowed = False
+        self._calm = self._syncs = self._boundary_syncs = 0
+        self._safe: str | None = None
         # How fast it goes, how far it has to go, and what it computes.
         self._pace, self._course = Pace(clock.monotonic()), Course()
         self._workload = WorkloadTeller(self._tell_workload if home and not self._rank else None)
         if home:
             self._checkpoints = Checkpoints(home.object_store, home.spec.job)
+            self._of_reports = Checkpoints(home.object_store, home.spec.job, keep=KEEP_OF_REPORTS)
             self._membership = Membership(
                 home.spec,
                 home.parameter_store,
@@ -149,6 +151,11 @@ class Session:
                 self._sign_of_life,
                 home.gradient_store,
             )
+        lockstep = home is not None and home.spec.lockstep
+        self._keeps = self._workers > 1 or lockstep
+        self._reports = Reports(
+            self._membership if home else None, self._rank, self._workers, lockstep=lockstep
+        )
         self._seed_generators("start", shared=True)
 
     def __enter__(self) -> Self:
@@ -293,6 +300,10 @@ class Session:
     def report(self, **metrics: Any) -> None:
         """Tells the tuner how the job is doing. Call it on every worker; rank 0's values count.
 
+        In a job that was submitted with ``lockstep=True`` it returns once the client has consumed
+        the report. Called between an optimizer's step and the end of that iteration (or epoch, for
+        steps outside of loops), it returns at once, and the job waits there.
+
         Args:
             **metrics: Numbers (of any framework), strings, booleans.
 
@@ -303,12 +314,8 @@ class Session:
             raise InvalidInput("report() needs at least one metric: session.report(accuracy=0.9)")
         plain = _plain_metrics(metrics)
         self._begin()
-        place = self._next_place("report")
-        if place in self._reports:
-            return
-        self._reports[place] = plain
-        if self._home and self._rank == 0:
-            self._tell_reports(len(self._reports) - 1)
+        self._reports.add(self._next_place("report"), plain)
+        self._settle()
 
     def mean(self, value: Any, count: Any = 1.0) -> Any:
         """Sum of the values over the sum of the counts, over all workers. Call it on every worker.
@@ -348,16 +355,16 @@ class Session:
         """Called by the worker when the training function has returned."""
         if self._home is None:
             return
-        self._enter()
+        self._begin()
         checkpoint = None
         if self._objects:
-            self._begin()
             if not self._arrived:
                 raise UsageError(
                     f"the training function was interrupted at {self._resume}, and has not come "
                     "there again: its loops and epochs must be the same each time it runs"
                 )
             self._set_boundary(max(self._boundary, self._place))
+            self._settle()
             checkpoint = self._membership.last_word(self._save)
         try:
             value = json.loads(json.dumps(value))
@@ -367,7 +374,7 @@ class Session:
             wire.Finished,
             checkpoint=checkpoint,
             value=value,
-            reports=list(self._reports.values()) if self._rank == 0 else [],
+            reports=list(self._reports.made.values()) if self._rank == 0 else [],
         )
 
     # --- where the program is -----------------------------------------------------------------
@@ -550,10 +557,10 @@ class Session:
         self._boundary = position
         self._boundary_syncs = self._syncs
         self._boundary_trained = list(self._trained)
-        self._boundary_reports = len(self._reports)
+        self._reports.reach_boundary()
         self._calm += self._dirty
         self._synced = self._stepped = self._dirty = self._shadowed = False
-        if self._workers > 1 and self._objects is not None:
+        if self._keeps and self._objects is not None:
             self._objects.keep_light()  # what is given away must be of this very boundary
 
     def _reach_boundary(self, position: Position) -> None:
@@ -562,6 +569,7 @@ class Session:
             return
         if self._leaving or self._should_leave():
             self._hand_over()
+        self._settle()
         if self._rank == 0:
             self._maybe_checkpoint()
 
@@ -664,13 +672,11 @@ class Session:
         self._boundary_trained = self._resume_trained
         self._arrived = False
         self._syncs = self._boundary_syncs = int(meta["syncs"])
-        self._reports = dict(json.loads(meta["reports"]))
-        self._boundary_reports = len(self._reports)
         if per_sample := json.loads(meta["per_sample"]):
             self._workload.per_sample = tuple(per_sample)
-        untold = int(meta["untold"])
-        if self._rank == 0 and untold:
-            self._tell_reports(len(self._reports) - untold)
+        self._safe = key
+        reports, untold = dict(json.loads(meta["reports"])), int(meta["untold"])
+        self._reports.restore(reports, untold, fork=key == self._spec.fork, key=key)
 
     def _arrive(self) -> None:
         """The program is back where it was interrupted: the state is again what it was there."""
@@ -678,12 +684,13 @@ class Session:
             return
         self._objects.load(self._start[1], 0, whole=True)
         self._arrived, self._start = True, None
-        if self._workers > 1:
+        if self._keeps:
             self._objects.keep_light()
 
     def _begin(self) -> None:
         """Before the first thing that depends on the state of the prepared objects."""
         self._enter()
+        self._settle()
         if self._begun:
             return
         if self._objects is None:
@@ -695,7 +702,7 @@ class Session:
             key = self._membership.agree_on_init(self._save)
             if key is not None:
                 self._objects.load(self._checkpoints.load(key), 0, whole=True)
-        if self._workers > 1:
+        if self._keeps:
             self._objects.keep_light()
         self._begun = True
         if self._leaving:
@@ -739,6 +746,42 @@ class Session:
         self._left = True
         raise Leave
 
+    # --- lockstep -------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """In lockstep: tells what was reported up to here, and waits until it was consumed."""
+        reports = self._reports
+        if not reports.waits or not self._at_boundary():
+            return
+        if reports.untold:
+            reports.reach_boundary()
+            if self._objects is not None and self._begun:
+                self._safe = self._save(kept=True, of_report=True)
+                self._pace.last_checkpoint_s = self._clock.monotonic()
+            reports.tell(self._safe)
+        if reports.consumed < len(reports):
+            self._wait_for_client()
+
+    def _at_boundary(self) -> bool:
+        """Whether the state of the boundary can be had."""
+        if self._objects is None or not (self._begun and self._arrived):
+            return True
+        return not (self._stepped or self._dirty) and self._objects.unchanged()
+
+    def _wait_for_client(self) -> None:
+        begun_s, count = self._clock.monotonic(), len(self._reports)
+        may_leave = self._rank == 0 and (self._workers == 1 or self._safe is not None)
+        consumed = self._membership.wait_until_consumed(count, may_leave, self._time_is_up)
+        self._pace.held_up(self._clock.monotonic() - begun_s)
+        self._reports.consumed = consumed
+        if consumed >= count:
+            return
+        if self._workers > 1 and self._safe is not None:
+            self._membership.go_first(self._safe)
+        self._membership.tell(wire.HandedOver, checkpoint=self._safe)
+        self._left = True
+        raise Leave
+
     def _maybe_checkpoint(self) -> None:
         now = self._clock.monotonic()
         pause = max(
@@ -750,12 +793,12 @@ class Session:
         self._pace.last_checkpoint_s = self._clock.monotonic()
         self._membership.tell(wire.Saved, checkpoint=key)
 
-    def _save(self, *, kept: bool = False) -> str:
+    def _save(self, *, kept: bool = False, of_report: bool = False) -> str:
         assert self._objects is not None
         if self._start and not self._arrived:
             return self._start[0]
         begun = self._clock.monotonic()
-        reports, untold = self._reports_to_save()
+        reports, untold = self._reports.to_save()
         meta = {
             "position": self._boundary.encode(),
             "trained": json.dumps(self._boundary_trained),
@@ -765,29 +808,10 @@ class Session:
             "per_sample": json.dumps(self._workload.per_sample),
         }
         content = self._objects.save(meta, kept=kept)
-        key = self._checkpoints.save(self._boundary, content)
+        checkpoints = self._of_reports if of_report else self._checkpoints
+        key = checkpoints.save(self._boundary, content)
         self._pace.saved(self._clock.monotonic() - begun)
         return key
-
-    def _tell_reports(self, first: int) -> None:
-        """Tells the scheduler the reports from a number on, and leaves them to who may follow."""
-        for index, metrics in list(enumerate(self._reports.values()))[first:]:
-            self._membership.tell(wire.Reported, index=index, metrics=metrics)
-        if self._workers > 1:
-            self._membership.keep_reports(self._reports)
-
-    def _reports_to_save(self) -> tuple[dict[str, dict[str, Any]], int]:
-        """The reports up to the boundary, and how many of the last ones nobody may have told.
-
-        Those that come after the boundary are made again. What rank 0 has told counts. It may have
-        died before it could tell the last ones: then the values of this worker stand for them.
-        """
-        mine = dict(list(self._reports.items())[: self._boundary_reports])
-        if self._rank == 0:
-            return mine, 0
-        told = self._membership.kept_reports() or {}
-        untold = {place: metrics for place, metrics in mine.items() if place not in told}
-        return {**told, **untold}, len(untold)
 
     # --- signs of life --------------------------------------------------------------------------
 

@@ -98,6 +98,8 @@ class WorkerSpec(Message, kind="worker"):
         max_gets: How often it may read from the object store; None for no limit.
         gradient_store: URL of the parameter store that adds gradients up, if it is another one than
             that above, which carries everything else; holds a password.
+        lockstep: Every report waits until the client has consumed it.
+        fork: Key of the checkpoint of another job that this one begins with; empty for none.
     """
 
     fleet: str
@@ -123,6 +125,8 @@ class WorkerSpec(Message, kind="worker"):
     max_puts: int | None = None
     max_gets: int | None = None
     gradient_store: str = field(default="", repr=False)
+    lockstep: bool = False
+    fork: str = ""
 
 
 @dataclass(frozen=True)
@@ -233,10 +237,12 @@ class Reported(WorkerEvent, kind="reported"):
     Attributes:
         index: How many reports of the job came before.
         metrics: What was reported.
+        checkpoint: Key of the state at its boundary; None if none was saved for it.
     """
 
     index: int
     metrics: dict[str, Any]
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -276,10 +282,10 @@ class HandedOver(WorkerEvent, kind="handed_over"):
     """The worker left at an agreed iteration; the state is safe.
 
     Attributes:
-        checkpoint: Key of the state.
+        checkpoint: Key of the state; None if it has none: who follows begins from the beginning.
     """
 
-    checkpoint: str
+    checkpoint: str | None
 
 
 @dataclass(frozen=True)

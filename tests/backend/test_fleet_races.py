@@ -309,7 +309,7 @@ def test_a_job_too_large_for_a_platform_that_delivers_twice(valkey):
 
 def test_every_reader_gets_every_report():
     state = JobState(JobSpec("a", "f", "c"))
-    job = Job(state, stop=fail, resize=fail, cost=fail, logs=Path("none"))
+    job = Job(state, stop=fail, resize=fail, cost=fail, logs=Path("none"), acknowledge=fail)
     started = threading.Barrier(6)
 
     def read():

@@ -5,6 +5,7 @@ from smlt_tune.runtime import keys
 
 def generation_keys(of):
     singles = [of.open, of.start, of.leave, of.init, of.gone, of.end, of.reports]
+    singles += [of.away, of.consumed]
     ranked = [make(r) for make in (of.want, of.tokens) for r in range(12)]
     requests = [make(f"{r}.{i}") for make in (of.lock, of.gift) for r in (1, 11) for i in (0, 1)]
     shards = [of.shard(s, j) for s in (1, 11) for j in (1, 11)]
@@ -36,6 +37,7 @@ def test_every_key_of_a_generation_is_in_the_table():
     shown = set(re.findall(r"``<job>:g<G>:([^`]*)``", keys.__doc__))
     of = keys.FleetKeys("f").generation("j", 0)
     named = [of.open, of.start, of.leave, of.init, of.gone, of.end, of.reports]
+    named += [of.away, of.consumed]
     made = {key.removeprefix(of.prefix) for key in named}
     made |= {"want:<r>", "lock:<R>", "gift:<R>", "s<S>:<J>:<r>", "s<S>:<J>", "m<P>:<r>", "to<r>"}
     assert made == shown

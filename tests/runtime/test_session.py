@@ -32,7 +32,7 @@ def other(valkey, tmp_path):
 def alone(program, seed=1):
     """The program in a debugger: weights and reports."""
     with Session(seed=seed) as session:
-        return program(), list(session._reports.values())
+        return program(), list(session._reports.made.values())
 
 
 every_program = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS.keys())

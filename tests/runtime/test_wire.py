@@ -58,10 +58,12 @@ MESSAGES = [
         iterations=None,
     ),
     wire.Reported(**WHO, index=0, metrics={"accuracy": 0.1, "name": "ü", "ok": True, "no": None}),
+    wire.Reported(**WHO, index=1, metrics={}, checkpoint="key"),
     wire.Saved(**WHO, checkpoint="key"),
     wire.Stuck(**WHO),
     wire.Requests(**WHO, puts=1, gets=2),
     wire.HandedOver(**WHO, checkpoint="key"),
+    wire.HandedOver(**WHO, checkpoint=None),
     wire.Finished(**WHO, checkpoint=None, value={"a": [1, None]}, reports=[{"x": 1}]),
     wire.Failed(**WHO, error="ValueError: x", traceback="...", by_user=True, retry=False),
 ]
