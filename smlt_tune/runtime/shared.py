@@ -156,7 +156,7 @@ class SharedTensors:
         Returns:
             Whether it was the first.
         """
-        arrays = {}
+        arrays: dict[str, Array] = {}
         for name, update in updates.items():
             arrays |= {f"before/{name}": update.before, f"after/{name}": update.after}
         about = {n: [update.version, update.average] for n, update in updates.items()}
