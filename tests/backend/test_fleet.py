@@ -43,7 +43,9 @@ def test_a_fleet_lists_every_mistake_at_once(tmp_path):
         "deadline_s must be a number above 0, or None, not 0",
         "hang_timeout_s must be a number above 0, or None, not nan",
     )
-    assert "there is no platform 'lamda': expected 'inline', 'local', or an object" in mistakes
+    assert (
+        "there is no platform 'lamda': expected 'inline', 'local', 'ray', or an object" in mistakes
+    )
     assert any("ftp://" in m and "file://" in m for m in mistakes)
     assert any("free-of-charge" in m for m in mistakes)
     assert len(mistakes) == 6
