@@ -573,6 +573,8 @@ class Fleet:
                 self._states[event.job].workload = workload_from_json(event.body)
             elif event.kind == "report":
                 self._states[event.job].reports.append(Report(**event.body))
+            elif event.kind in ("paused", "resumed"):
+                self._states[event.job].paused = event.kind == "paused"
             elif event.kind == "ended":
                 self._states[event.job].restore_end(event.body)
         return [(s, numbers[name], ages[name]) for name, s in self._states.items() if not s.over]
@@ -620,6 +622,8 @@ class Fleet:
             cost=self._scheduler.cost_usd,
             logs=self.path / "logs" / job_id,
             acknowledge=lambda i, n: self._queue.put(partial(self._scheduler.acknowledge, i, n)),
+            pause=lambda i: self._queue.put(partial(self._scheduler.pause, i)),
+            resume=lambda i: self._queue.put(partial(self._scheduler.resume, i)),
         )
 
     def _resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:

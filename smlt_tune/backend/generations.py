@@ -140,6 +140,8 @@ class Record:
     resize_to: Decision | None = None
     next_number: int = 0
     acknowledged: int = 0
+    paused: bool = False
+    paused_s: float = 0.0
     begun_s: float | None = None
     position: str = ""
     strikes: int = 0
@@ -181,6 +183,11 @@ class Record:
         return live[1] if len(live) > 1 else None
 
     @property
+    def waits(self) -> bool:
+        """Whether it has no functions, and wants some."""
+        return self.plan is not None and not self.generations and not self.paused
+
+    @property
     def heading_for(self) -> Allocation | None:
         """The allocation that the job is on its way to, or has; None before the first."""
         if self.resize_to is not None:
@@ -192,7 +199,9 @@ class Record:
     def steady(self) -> bool:
         """Whether it trains, and nothing is about to change."""
         current = self.current
-        if self.ending or self.plan or self.resize_to or self.following or current is None:
+        if self.ending or self.paused or current is None:
+            return False
+        if self.plan or self.resize_to or self.following:
             return False
         return current.steady
 

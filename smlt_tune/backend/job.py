@@ -19,8 +19,8 @@ from smlt_tune.errors import (
 from smlt_tune.runtime.features import ModelFeatures
 
 #: A job's ``status`` is one of these.
-QUEUED, RUNNING, FINISHED, STOPPED, FAILED = "queued", "running", "finished", "stopped", "failed"
-
+QUEUED, RUNNING, PAUSED = "queued", "running", "paused"
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 _ERRORS: dict[str, type[JobError]] = {
     cls.__name__: cls for cls in (TrainingFunctionError, OutOfMemory, FunctionLost)
@@ -196,6 +196,7 @@ class JobState:
         self.spec = spec
         self.changed = threading.Condition()
         self.status = QUEUED
+        self.paused = False
         self.reports: list[Report] = []
         self.allocations: list[AllocationRecord] = []
         self.decisions: list[DecisionRecord] = []
@@ -255,6 +256,8 @@ class Job:
         cost: Callable[[str], float],
         logs: Path,
         acknowledge: Callable[[str, int], None],
+        pause: Callable[[str], None],
+        resume: Callable[[str], None],
     ) -> None:
         self._state = state
         self._stop = stop
@@ -262,6 +265,8 @@ class Job:
         self._cost = cost
         self._logs = logs
         self._acknowledge = acknowledge
+        self._pause = pause
+        self._resume = resume
 
     def __repr__(self) -> str:
         return f"Job({self.job_id!r}, {self.status})"
@@ -273,7 +278,7 @@ class Job:
 
     @property
     def status(self) -> str:
-        """``queued``, ``running``, ``finished``, ``stopped`` or ``failed``."""
+        """``queued``, ``running``, ``paused``, ``finished``, ``stopped`` or ``failed``."""
         return self._state.status
 
     @property
@@ -356,6 +361,20 @@ class Job:
         """
         self._resize(self.job_id, workers, memory_mb)
 
+    def pause(self) -> None:
+        """Takes the job off its functions until :meth:`resume`; a queued job is held back.
+
+        It hands over to a checkpoint at the next boundary, also out of a report that waits to be
+        acknowledged. One that comes to no boundary in time (10 s) is killed, and goes on from its
+        last checkpoint. Returns without waiting: ``status`` becomes ``paused`` once nothing of it
+        runs and nothing is reserved for it. Does nothing to a job that is over.
+        """
+        self._pause(self.job_id)
+
+    def resume(self) -> None:
+        """Queues a paused job again; it goes on from its checkpoint. Otherwise does nothing."""
+        self._resume(self.job_id)
+
     def acknowledge(self, count: int) -> None:
         """Says that the first ``count`` reports were consumed: the job may go on after them.
 
@@ -371,7 +390,7 @@ class Job:
             InvalidInput: It is no such number, or the job is not in lockstep.
         """
         mistakes = []
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        if not _is_count(count):
             mistakes.append(f"acknowledge() needs a whole number of at least 0, not {count!r}")
         if not self._state.spec.lockstep:
             mistakes.append(
@@ -387,3 +406,7 @@ class Job:
             return {}
         files = sorted(self._logs.glob("*.log"))
         return {f.stem: f.read_text(encoding="utf-8", errors="replace") for f in files}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

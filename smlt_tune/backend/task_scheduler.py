@@ -23,6 +23,7 @@ from smlt_tune.backend.generations import Call, Generation, Planned, Record, Wor
 from smlt_tune.backend.job import (
     FAILED,
     FINISHED,
+    PAUSED,
     QUEUED,
     RUNNING,
     STOPPED,
@@ -55,7 +56,7 @@ from smlt_tune.errors import (
 )
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.aggregator import TTL_S
-from smlt_tune.runtime.checkpoint import Checkpoints
+from smlt_tune.runtime.checkpoint import KEEP_OF_REPORTS, Checkpoints
 from smlt_tune.runtime.clock import Clock
 from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
 
@@ -180,7 +181,7 @@ class TaskScheduler:
         """
         job = Record(state, self._clock.monotonic() - elapsed_s, next_number=next_number)
         job.workload = state.workload or state.spec.workload
-        job.acknowledged = state.spec.first_report
+        job.acknowledged, job.paused = state.spec.first_report, state.paused
         self._jobs[job.job_id] = self._active[job.job_id] = job
         occasion = "resumed" if next_number else "first"
         decision = self._adaptation.first(job, self._facts(job), occasion)
@@ -189,7 +190,8 @@ class TaskScheduler:
             self._forget(partial(self._store.delete, names))
             self._plan_from_checkpoint(job, decision, "resumed")
         else:
-            self._plan(job, decision, "first", wire.Start(None))
+            self._plan(job, decision, "first", wire.Start(state.spec.start_from or None))
+        self._rest(job)
         self._admit()
 
     def stop(self, job_id: str, reason: str) -> None:
@@ -218,6 +220,40 @@ class TaskScheduler:
         else:
             job.resize_to = Decision(wanted, "asked for")
         self.tick()
+
+    def pause(self, job_id: str) -> None:
+        """Takes a job off its functions at the next boundary, or holds it back."""
+        job = self._active.get(job_id)
+        if job is None or job.ending or job.paused:
+            return
+        self._record("paused", job_id, {})
+        job.state.paused = job.paused = True
+        job.paused_s = self._clock.monotonic()
+        job.resize_to = None
+        if job.plan is not None and job.plan.start is None:
+            job.plan = None
+        if job.following is not None:
+            self._close(job, job.following)
+        current = job.current
+        if current is not None and current.started:
+            self._ask_to_leave(job, current)
+        elif current is not None:
+            self._close(job, current)
+            self._plan(job, Decision(current.allocation, ""), "paused", current.start)
+        self._sweep(job)
+        self._admit()
+
+    def resume(self, job_id: str) -> None:
+        """Lets a paused job go on; one that has not come to its boundary yet just goes on there."""
+        job = self._active.get(job_id)
+        if job is None or job.ending or not job.paused:
+            return
+        self._record("resumed", job_id, {})
+        job.state.paused = job.paused = False
+        if job.plan is not None:
+            decision = self._adaptation.first(job, self._facts(job), "resumed")
+            self._plan(job, decision, "resumed", job.plan.start)
+        self._admit()
 
     def acknowledge(self, job_id: str, count: int) -> None:
         """The client has consumed the first ``count`` reports of a job in lockstep."""
@@ -249,7 +285,7 @@ class TaskScheduler:
         return [
             job.job_id
             for job in self._active.values()
-            if (job.plan and job.plan.allocation.store == store)
+            if (job.plan and not job.paused and job.plan.allocation.store == store)
             or any(g.allocation.store == store for g in job.generations)
         ]
 
@@ -392,6 +428,7 @@ class TaskScheduler:
             if deadline is not None and now >= deadline and not job.ending:
                 self._end(job, STOPPED, reason="deadline")
             if not job.ending:
+                self._force_pause(job, now)
                 self._invoke_rest(job, now)
                 self._check_hangs(job, now)
                 self._plan_hand_over(job, now)
@@ -645,7 +682,7 @@ class TaskScheduler:
     ) -> Planned:
         now = self._clock.monotonic()
         plan = job.plan = Planned(decision.allocation, reason, start, now, held, decision.reason)
-        if start is not None and not job.ending:
+        if start is not None and not job.ending and not job.paused:
             job.state.update(status=QUEUED if not job.generations else job.state.status)
         return plan
 
@@ -664,7 +701,8 @@ class TaskScheduler:
         Those that take no more functions than their job has are first: they give as many back.
         """
         self._retry_s = self._clock.monotonic() + THROTTLE_PAUSE_S
-        waiting = [(j, j.plan) for j in self._active.values() if j.plan and not j.ending]
+        able = [j for j in self._active.values() if not (j.ending or j.paused)]
+        waiting = [(j, j.plan) for j in able if j.plan]
         waiting.sort(key=lambda each: (each[1].allocation.workers > each[1].held, each[1].since_s))
         for job, plan in waiting:
             if job.plan is not plan:
@@ -869,7 +907,7 @@ class TaskScheduler:
     def _make_room(self, job: Record, current: Generation, plan: Planned) -> None:
         """Invokes the next generation, or lets the old go first where both have no room."""
         grows = plan.allocation.workers > plan.held
-        if grows and any(j.plan and not j.generations for j in self._active.values()):
+        if grows and any(j.waits for j in self._active.values()):
             return  # others wait for functions: it trains on until they have begun
         if plan.allocation.workers > self._free_functions():
             self._ask_to_leave(job, current)
@@ -948,6 +986,24 @@ class TaskScheduler:
                 job.generations = [g for g in job.generations if g is not generation]
         if job.ending and not job.generations and job.job_id in self._active:
             self._conclude(job)
+        self._rest(job)
+
+    # --- pauses ---------------------------------------------------------------------------------
+
+    def _force_pause(self, job: Record, now: float) -> None:
+        """It has come to no boundary for long enough."""
+        if job.paused and job.current is not None and now - job.paused_s > GRACE_S:
+            self._roll_back(job, "paused", strike=False)
+
+    def _rest(self, job: Record) -> None:
+        """A job that is paused has lost its last function."""
+        resting = job.paused and not job.ending and not job.generations
+        if resting and job.state.status != PAUSED:
+            start = job.plan.start if job.plan else None
+            assert start is not None  # where it will go on
+            self._delete_old(job, start.checkpoint)
+            self._adaptation.shares_changed()
+            job.state.update(status=PAUSED)
 
     # --- the end of a job -----------------------------------------------------------------------
 
@@ -970,7 +1026,8 @@ class TaskScheduler:
     def _conclude(self, job: Record) -> None:
         del self._active[job.job_id]
         self._adaptation.shares_changed()
-        newest = self._tidy(job)
+        newest = self._newest_checkpoint(job)
+        self._delete_old(job, newest)
         reports = tuple(job.state.reports)
         outcome = JobOutcome(
             job_id=job.job_id,
@@ -998,17 +1055,24 @@ class TaskScheduler:
         finally:  # whoever waits for the job must not wait for ever
             job.state.update(status=job.ending, outcome=outcome, error=job.error)
 
-    def _tidy(self, job: Record) -> str | None:
-        """Deletes all checkpoints but the newest; returns that."""
-        newest = job.checkpoint
+    def _newest_checkpoint(self, job: Record) -> str | None:
+        if job.ending == FINISHED:
+            return job.checkpoint
         try:
-            if job.ending != FINISHED:
-                newest = self._checkpoints(job).latest()
+            return self._checkpoints(job).latest()
+        except (StoreError, BudgetExhausted) as error:
+            _LOG.warning("job %s: its checkpoints are out of reach: %s", job.job_id, error)
+        return job.checkpoint
+
+    def _delete_old(self, job: Record, newest: str | None) -> None:
+        """Deletes all checkpoints but the newest, and those of the last reports."""
+        urls = [report.checkpoint for report in job.state.reports[-KEEP_OF_REPORTS:]]
+        keep = {newest, *(url.removeprefix(f"{self._objects.url}/") for url in urls if url)}
+        try:
             names = self._objects.list(keys.checkpoints(job.job_id))
-            self._objects.delete([name for name in names if name != newest])
+            self._objects.delete([name for name in names if name not in keep])
         except (StoreError, BudgetExhausted) as error:
             _LOG.warning("job %s leaves checkpoints behind: %s", job.job_id, error)
-        return newest
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -1053,8 +1117,8 @@ class TaskScheduler:
         exceeds that.
         """
         most, free = self._platform.limits.functions, max(0, self._free_functions())
-        fair = max(1, most // max(1, len(self._active)))
-        waiting = [j for j in self._active.values() if j.plan and not j.generations]
+        fair = max(1, most // max(1, sum(not j.paused for j in self._active.values())))
+        waiting = [j for j in self._active.values() if j.waits]
 
         def share(job: Record) -> int:
             if len(waiting) > 1 or (waiting and waiting[0] is not job):

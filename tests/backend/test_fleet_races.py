@@ -309,7 +309,16 @@ def test_a_job_too_large_for_a_platform_that_delivers_twice(valkey):
 
 def test_every_reader_gets_every_report():
     state = JobState(JobSpec("a", "f", "c"))
-    job = Job(state, stop=fail, resize=fail, cost=fail, logs=Path("none"), acknowledge=fail)
+    job = Job(
+        state,
+        stop=fail,
+        resize=fail,
+        cost=fail,
+        logs=Path("none"),
+        acknowledge=fail,
+        pause=fail,
+        resume=fail,
+    )
     started = threading.Barrier(6)
 
     def read():

@@ -710,6 +710,111 @@ def test_the_parameter_store_is_lost_in_every_state(world, reach):
 
 
 @pytest.mark.parametrize("reach", STATES)
+@pytest.mark.parametrize("early", [False, True])
+def test_pause_and_resume_in_every_state(world, reach, early):
+    reach(world)
+    world.scheduler.pause("a")
+    world.scheduler.pause("a")
+    world.scheduler.resume("b")  # is not paused
+    if not early:
+        rest(world)
+    state = world.states["a"]
+    if reach is _finishing:
+        assert early or state.status == "finished"
+    elif not early:
+        assert state.status == "paused"
+        assert world.running("a") == []
+        assert world.ledger.job_reserved_usd("a") == 0
+        assert not [key for key in world.store.values if key.startswith("smlt:f:a:")]
+        world.after(1000)
+        assert world.running("a") == []
+    world.scheduler.resume("a")
+    world.scheduler.resume("a")
+    calm(world)
+    world.over(*world.states)
+    assert state.outcome.status == "finished"
+    told = [kind for kind, job, _ in world.history if job == "a" and kind in ("paused", "resumed")]
+    assert told == ([] if reach is _finishing else ["paused", "resumed"])
+    if not early and reach is not _finishing:
+        assert state.decisions[-1].occasion == "resumed"
+        assert state.outcome.allocations[-1].reason == "resumed"
+
+
+def rest(world):
+    """Workers do what is expected of them until none of the job is left."""
+    for _ in range(30):
+        world.after(1.0)
+        for name, (_, spec) in list(world.platform.calls.items()):
+            if spec.job != "a":
+                continue
+            if name in world.platform.cancelled:
+                world.end(name, "cancelled")
+            elif world.key("open", spec.job, spec.generation) is None:
+                world.end(name)
+            elif world.key("leave", spec.job, spec.generation) is not None:
+                world.hand_over(spec.job, spec.generation, [spec.rank], at=7)
+                world.end(name)
+            elif world.key("start", spec.job, spec.generation) is None:
+                world.ready(spec.job, spec.generation, [spec.rank], spec.incarnation)
+        if not world.running("a"):
+            return
+    raise AssertionError("it does not come to rest")
+
+
+def test_a_job_that_comes_to_no_boundary_is_killed_and_goes_on_from_its_last_checkpoint(world):
+    state = world.submit()
+    world.train()
+    key = world.save(at=3)
+    world.scheduler.pause("a")
+    world.after(GRACE_S - 1)
+    assert world.platform.cancelled == set()
+    world.after(2)
+    assert world.platform.cancelled == set(names(0, [0]))
+    world.end_all(ending="cancelled")
+    assert state.status == "paused"
+    world.scheduler.resume("a")
+    assert state.status == "queued"
+    world.train(generation=1)
+    assert world.start(generation=1) == key
+
+
+@pytest.mark.parametrize("end", ["stop", "deadline"])
+def test_a_paused_job_is_not_over(tmp_path, end):
+    world = World(tmp_path, deadline_s=1050.0)
+    state = world.submit()
+    world.train()
+    world.scheduler.pause("a")
+    key = world.hand_over()
+    world.end_all()
+    assert not world.scheduler.idle
+    if end == "stop":
+        world.scheduler.stop("a", "pruned")
+    else:
+        world.after(100)
+    assert world.over() == ["stopped"]
+    assert state.outcome.checkpoint.endswith(key)
+
+
+def test_paused_jobs_are_in_nobodys_way(world):
+    world.submit("a", 8)
+    world.train("a", 8)
+    world.submit("b", 8)
+    world.scheduler.pause("b")
+    world.scheduler.pause("a")
+    world.hand_over("a", ranks=range(8))
+    world.end_all("a")
+    assert [world.states[name].status for name in "ab"] == ["paused", "paused"]
+    world.submit("c", 8)
+    assert len(world.running("c")) == 8
+    world.scheduler.resume("b")
+    assert not world.running("b")
+    world.train("c", 8)
+    world.finished("c")
+    world.end_all("c")
+    assert len(world.running("b")) == 8
+
+
+@pytest.mark.parametrize("reach", STATES)
 def test_the_deadline_in_every_state(tmp_path, reach):
     world = World(tmp_path, deadline_s=1050.0)
     reach(world)
@@ -1126,9 +1231,13 @@ class Simulation:
                     world.scheduler.store_back,
                 ]
             )("fast")
+        elif what < 0.31:
+            world.scheduler.pause(chance.choice(list(world.states)))
         elif what < 0.33:
+            world.scheduler.resume(chance.choice(list(world.states)))
+        elif what < 0.36:
             world.platform.room = chance.choice([0, 1, 100])
-        elif what < 0.4 and len(world.states) < 6:
+        elif what < 0.43 and len(world.states) < 6:
             self.submit()
 
     def submit(self):
@@ -1165,6 +1274,8 @@ class Simulation:
     def calm_down(self):
         self.faults = False
         self.world.platform.room = 10**9
+        for name in self.world.states:
+            self.world.scheduler.resume(name)
         for _ in range(4000):
             if self.world.scheduler.idle:
                 return
