@@ -3,6 +3,7 @@
 # ruff: noqa: T201 - what functions print is what some tests look at
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -47,7 +48,16 @@ def say(text, error=""):
     subprocess.run(["echo", f"child of {text}"], check=True)
 
 
-def fail(message):
+def say_environment(name):
+    print(os.environ.get(name))
+
+
+def say_where(module):
+    """Where a module was found."""
+    print(importlib.import_module(module).__file__)
+
+
+def fail(message, secret=""):
     raise ValueError(message)
 
 
@@ -65,7 +75,7 @@ def kill(number=signal.SIGKILL):
     time.sleep(60)
 
 
-def wait(path="", seconds=60.0):
+def wait(path="", seconds=60.0, secret=""):
     """Says that it runs, then sleeps."""
     if path:
         write_ids(path)

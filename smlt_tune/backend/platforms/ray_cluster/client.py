@@ -73,8 +73,9 @@ class RayPlatform:
         isolation: How limits are enforced, as for the local platform.
         entry: Function that is run with the payload, as ``package.module:function``.
         preload: Modules that actors import beforehand; those that are not installed are left out.
-        runtime_env: Runtime environment of the actors, as for ``ray.init``, for nodes on which
-            smlt_tune or what the functions need is not installed.
+        runtime_env: For ``ray.init``, if nodes lack smlt_tune or what functions need: ``{"pip":
+            [...]}``, say, or ``{"py_modules": [smlt_tune]}`` where only the package is missing.
+            Where this process is connected already, ``ray.init`` was to have it.
         clock: Source of time.
 
     Raises:

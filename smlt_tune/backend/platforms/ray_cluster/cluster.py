@@ -23,9 +23,10 @@ class Cluster:
 
     Args:
         address: As for ``ray.init``.
-        runtime_env: Of what runs there, as for ``ray.init``.
+        runtime_env: For ``ray.init``.
 
     Raises:
+        InvalidInput: There is a ``runtime_env``, but this process is connected already.
         PlatformError: Ray is missing or cannot be reached, or a node cannot run functions.
     """
 
@@ -35,12 +36,20 @@ class Cluster:
         except ImportError as error:
             raise PlatformError(f"Ray cannot be imported ({error}): pip install ray") from error
         self.ray: Any = ray
-        self.runtime_env = dict(runtime_env) if runtime_env else None
         self._joined = bool(ray.is_initialized())
         self._asked: list[dict[str, float]] = []
+        if self._joined and runtime_env:
+            raise InvalidInput(
+                "runtime_env: this process is connected to Ray already; give it to ray.init there"
+            )
         if not self._joined:
             try:
-                ray.init(address=address, include_dashboard=False, log_to_driver=False)
+                ray.init(
+                    address=address,
+                    include_dashboard=False,
+                    log_to_driver=False,  # what functions print goes to their logs
+                    runtime_env=dict(runtime_env or {}),
+                )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise PlatformError(f"cannot use the Ray cluster {address!r}: {error}") from error
         try:
@@ -99,7 +108,6 @@ class Cluster:
         nodes = self.nodes()
         answers = [
             task.options(
-                runtime_env=self.runtime_env,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
             ).remote()
             for node in nodes

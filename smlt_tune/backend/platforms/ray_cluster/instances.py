@@ -103,7 +103,6 @@ class Instances:
                 num_cpus=needs["CPU"],
                 num_gpus=needs.get("GPU"),
                 memory=int(needs["memory"]),
-                runtime_env=self._cluster.runtime_env,
             ).remote(self._of_node),
             memory_mb=memory_mb,
             needs=needs,
