@@ -38,6 +38,8 @@ RESERVED_CORES = 0.3
 SMALLEST_MB, LARGEST_MB = 512, MB_PER_VCPU
 #: Samples in the data set: an epoch has so many over the batch size iterations.
 SAMPLES = 3072
+#: Brightnesses of a pixel.
+LEVELS = 17
 #: A job that takes longer than this has failed, seconds.
 LONGEST_S = 300.0
 
@@ -49,15 +51,19 @@ class Model:
     Attributes:
         channels: Of its two convolutions; empty for none.
         hidden: Width of its hidden layer, or of both if there are no convolutions.
+        crosses: Pairs of pixels; if not 0, every pair of brightnesses of each has a vector of its
+            own, and the vectors are added up (the wide part of Cheng et al., 2016): many
+            parameters, few operations.
     """
 
     channels: tuple[int, ...]
     hidden: int
+    crosses: int = 0
 
     @property
     def kind(self):
         """For tables."""
-        return "conv" if self.channels else "dense"
+        return "conv" if self.channels else "crossed" if self.crosses else "dense"
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,21 @@ class Training:
 
 def network(model):
     """The module."""
+    import torch
     from torch import nn
 
+    class Crossed(nn.Module):
+        """Numbers of the pairs of brightnesses of neighbouring pixels, shape (batch, crosses)."""
+
+        def forward(self, x):
+            pixels = (x[:, 0, 1::4, 1::4].flatten(1)[:, : 2 * model.crosses] * (LEVELS - 1)).long()
+            pairs = pixels[:, 0::2] * LEVELS + pixels[:, 1::2]
+            return pairs + LEVELS**2 * torch.arange(model.crosses)
+
+    if model.crosses:
+        rows = model.crosses * LEVELS**2
+        table = nn.EmbeddingBag(rows, model.hidden, mode="sum")
+        return nn.Sequential(Crossed(), table, nn.ReLU(), nn.Linear(model.hidden, 10))
     if not model.channels:
         wide = model.hidden
         hidden = (nn.Linear(784, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU())

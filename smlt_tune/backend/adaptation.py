@@ -22,7 +22,7 @@ from dataclasses import asdict, astuple, replace
 from heapq import nsmallest
 from typing import Any, TypeVar
 
-from smlt_tune.backend.generations import Generation, Record
+from smlt_tune.backend.generations import Generation, Record, Seen
 from smlt_tune.backend.goals import Cheapest, Fastest
 from smlt_tune.backend.job import DecisionRecord
 from smlt_tune.backend.late_policy import planner
@@ -182,7 +182,7 @@ class Adaptation:
         for job_id, occasion in list(self._due.items()):
             if job_id not in jobs:
                 del self._due[job_id]
-            elif jobs[job_id].steady:
+            elif jobs[job_id].steady and not jobs[job_id].workload_changed:
                 del self._due[job_id]
                 return jobs[job_id], occasion
         return None
@@ -210,6 +210,7 @@ class Adaptation:
 
     def progress(self, job: Record, generation: Generation, event: wire.Progress) -> None:
         """It is at work."""
+        self._note_hand_over(job, generation, event)
         if event.left is not None:
             job.left = event.left
         if event.other_share is not None:
@@ -238,6 +239,24 @@ class Adaptation:
                     measurement.kept = measurement.iterations
                     self._keep(job, self._tell(measurement))
 
+    def _note_hand_over(self, job: Record, generation: Generation, event: wire.Progress) -> None:
+        """What passes from the last iteration before a hand-over to the end of the first after it.
+
+        Nobody sees both ends, so it is taken from signs of training before and after.
+        """
+        if event.left is None or not event.iterations:
+            return
+        now, before = self._clock.monotonic(), job.seen
+        pace_s = event.iteration_s
+        if before is not None and before.generation is generation:
+            pace_s = pace_s or before.iteration_s
+        elif before is not None and before.iteration_s and event.left < before.left:
+            old = before.generation
+            if old.left and generation.invoked_s < old.closed_s:  # it was there already
+                between = before.left - event.left - 1
+                generation.gap_s = now - before.at_s - between * before.iteration_s
+        job.seen = Seen(generation, now, event.left, pace_s)
+
     def _measure(self, job: Record, generation: Generation, event: wire.Progress) -> str:
         """Adds a chunk of iterations; returns an occasion to look at the job, if it is one."""
         if job.workload is None or event.iteration_s <= 0.0:
@@ -251,7 +270,7 @@ class Adaptation:
         measurement.add(event.chunk, event.iteration_s, event.sync_s)
         measurement.other_share = job.other_share or 0.0
         measurement.start_s = generation.start_s
-        measurement.warm_s = max(0.0, generation.first_s - event.iteration_s)
+        measurement.hold_up_s = max(0.0, generation.gap_s - event.iteration_s)
         measurement.peak_mb = max(measurement.peak_mb, generation.peak_mb)
         drifted = measurement.drifted
         if drifted:

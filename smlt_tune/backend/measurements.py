@@ -38,7 +38,7 @@ class Measurement:
         self.iterations = 0
         self.kept = 0
         self.other_share = 0.0
-        self.start_s = self.warm_s = 0.0
+        self.start_s = self.hold_up_s = 0.0
         self.peak_mb = 0.0
 
     def add(self, iterations: int, iteration_s: float, sync_s: float) -> None:
@@ -90,7 +90,7 @@ class Measurement:
             sync_s=_median((n, sync) for n, _, sync in self._chunks),
             other_share=self.other_share,
             start_s=self.start_s,
-            warm_s=self.warm_s,
+            hold_up_s=self.hold_up_s,
             peak_mb=self.peak_mb,
         )
 

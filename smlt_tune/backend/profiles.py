@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "profiles.sqlite3"
 #: Most profiles that are returned: more siblings than a decision ever looks at.
 NEWEST = 5_000
@@ -222,7 +222,7 @@ def _mistakes(profile: Profile, fingerprint: str) -> list[str]:
         "sync_s": profile.sync_s,
         "other_share": profile.other_share,
         "start_s": profile.start_s,
-        "warm_s": profile.warm_s,
+        "hold_up_s": profile.hold_up_s,
         "peak_mb": profile.peak_mb,
     }
     if workload.iterations is not None:

@@ -166,17 +166,14 @@ def test_a_generation_ends_with_a_profile_for_the_siblings(world, policy):
     assert body["workload"]["features"]["parameters"] == 1000
 
 
-def test_a_profile_tells_what_the_start_and_the_first_iteration_took(world, policy):
+def test_a_profile_tells_what_the_start_took(world, policy):
     submit(world)
     world.clock.now += 3.0
-    world.ready(ranks=(0, 1))
-    world.clock.now += 0.7
-    world.progress(ranks=(0, 1), at=1)
+    world.train(workers=2)
     world.workload()
     measured(world, 10, iteration_s=0.1)
     (profile,) = policy.observed
-    assert profile.start_s == 3.0
-    assert profile.warm_s == pytest.approx(0.6)
+    assert (profile.start_s, profile.hold_up_s) == (3.0, 0.0)
 
 
 def test_a_start_lasts_until_the_others_have_left(world, policy):
@@ -195,6 +192,53 @@ def test_a_start_lasts_until_the_others_have_left(world, policy):
     measured(world, 10, generation=1, at=16)
     assert policy.observed[-1].allocation == LARGE
     assert policy.observed[-1].start_s == pytest.approx(3.5)
+
+
+def test_a_hand_over_tells_for_how_long_it_has_held_up_training(world, policy):
+    submit(world)
+    world.train(workers=2)
+    world.workload()
+    measured(world, 10, iteration_s=0.1, left=100, at=100)
+    policy.answer = Decision(LARGE, "better")
+    look(world)
+    world.ready(generation=1, ranks=range(4))
+    world.clock.now += 1.0 - REVIEW_PAUSE_S - 0.01
+    world.hand_over(ranks=(0, 1))
+    world.clock.now += 0.5
+    world.progress(
+        generation=1, ranks=range(4), at=104, left=96
+    )  # three of the old, one of its own
+    world.workload(generation=1)
+    measured(world, 10, iteration_s=0.05, generation=1, at=114, left=86)
+    assert policy.observed[-1].allocation == LARGE
+    assert policy.observed[-1].hold_up_s == pytest.approx(1.5 - 3 * 0.1 - 0.05)
+
+
+def test_waiting_for_functions_is_no_hold_up_of_a_hand_over(world, policy):
+    submit(world)
+    world.train(workers=2)
+    world.workload()
+    measured(world, 10, left=100, at=5)
+    world.hand_over(ranks=[0, 1])
+    world.end_all("a", 0)
+    world.clock.now += 60.0
+    world.train(workers=2, generation=1, at=6)
+    world.workload(generation=1)
+    measured(world, 4, generation=1, at=10, left=92)
+    world.finished(generation=1)
+    world.end_all()
+    assert [p.hold_up_s for p in world.profiles] == [0.0, 0.0]
+
+
+def test_no_review_between_another_batch_size_and_what_is_left_with_it(world, policy):
+    quiet(world, policy)
+    world.progress(left=200, chunk=10, iteration_s=0.3)  # a drift would be an occasion
+    world.workload(batch=128)
+    look(world)
+    assert policy.asked == []
+    world.progress(left=100)
+    look(world)
+    assert policy.asked[0].iterations_left == 100
 
 
 def test_a_relaunch_goes_on_with_the_profile_of_its_allocation(world, policy):

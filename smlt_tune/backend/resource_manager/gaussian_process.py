@@ -14,12 +14,17 @@ With the analytic model g linearised at the most probable theta, J its gradient 
 - ``field``: Matern 5/2 over (ln n, ln m): what the model gets wrong about allocations.
 - ``context``: Matern 5/2 over (ln n, ln m, ln P, ln F, ln B): the same, about models.
 
+Intervals widen where a machine is less regular than all this assumes: with n measurements y of
+mean m and covariance K, variances are multiplied by (nu + (y - m)' K^-1 (y - m)) / (nu + n) if that
+is above 1 (the posterior scale of a Student-t process; Shah et al., 2014).
+
 The hyper-parameters are fixed: with the dozens of observations that a search has, fitting them
 costs more than it brings (and a fit in the middle of a job would make decisions jump). Kernels are
 gpytorch's; the posterior is written out, because an exact GP of gpytorch computes the covariance of
 all test points with each other, which costs twenty times as much as all the rest.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,10 +60,10 @@ CONTEXT_SD, CONTEXT_SCALES = 0.07, (1.5, 1.2, 1.5, 1.5, 1.5)
 ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.015
 #: A measurement that lies so many standard deviations above what the others say is a straggler.
 STRAGGLER_Z = 2.5
-#: Without the fields, what the analytic model gets wrong is noise, standard deviation of ln t.
-ANALYTIC_NOISE = 0.08
 _STEPS = 4
 _JITTER = 1e-8
+#: Degrees of freedom of the prior of the scale of all covariances, nu.
+SCALE_DOF = 8.0
 #: Columns of the kernel's inputs: J S0^(1/2), shares of the time, the trial's number, the place.
 _SHARES = len(PRIOR)
 _TRIAL = _SHARES + 2
@@ -84,8 +89,40 @@ class Measurements:
     trials: Array
 
 
-class TimeKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
-    """The covariance; its inputs are what :func:`features` gives, shape (p, 18)."""
+class AnalyticKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
+    """``J S0 J'`` alone; its inputs are what :func:`features` gives, shape (p, 18)."""
+
+    #: What the analytic model gets wrong is noise then, as a standard deviation of ln t.
+    noise_sd = 0.08
+
+    def forward(  # noqa: D102 - the contract is gpytorch's
+        self, x1: torch.Tensor, x2: torch.Tensor, *, diag: bool = False, **_: Any
+    ) -> torch.Tensor:
+        if diag:  # gpytorch asks for it of equal inputs only
+            return self.variance(x1)
+        return self.physics(x1, x2, self.kinds(x1, x2)) + self.fields(x1, x2)
+
+    def variance(self, x: torch.Tensor) -> torch.Tensor:
+        """Of each, shape (p,)."""
+        return (x[:, :_SHARES] ** 2).sum(1)
+
+    def physics(self, x1: torch.Tensor, x2: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+        """What depends on theta."""
+        return x1[:, :_SHARES] @ x2[:, :_SHARES].T
+
+    def kinds(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+        """Nothing."""
+        return torch.zeros((), dtype=x1.dtype)
+
+    def fields(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+        """Nothing."""
+        return torch.zeros(len(x1), len(x2), dtype=x1.dtype)
+
+
+class TimeKernel(AnalyticKernel):
+    """The covariance."""
+
+    noise_sd = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,20 +131,16 @@ class TimeKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
         self.context = _matern(CONTEXT_SCALES)
         self.double()
 
-    def forward(  # noqa: D102 - the contract is gpytorch's
-        self, x1: torch.Tensor, x2: torch.Tensor, *, diag: bool = False, **_: Any
-    ) -> torch.Tensor:
-        if diag:  # gpytorch asks for it of equal inputs only
-            kind = (x1[:, _SHARES] * _KIND) ** 2
-            return (x1[:, :_TRIAL] ** 2).sum(1) + kind + FIELD_SD**2 + CONTEXT_SD**2
-        return self.physics(x1, x2, self.kinds(x1, x2)) + self.fields(x1, x2)
+    def variance(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        kind = (x[:, _SHARES] * _KIND) ** 2
+        return (x[:, :_TRIAL] ** 2).sum(1) + kind + FIELD_SD**2 + CONTEXT_SD**2
 
     def physics(self, x1: torch.Tensor, x2: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
         """``J S0 J'`` + trial + kind: what depends on theta."""
         same = x1[:, _TRIAL, None] == x2[:, _TRIAL]
         effects = x1[:, _SHARES:_TRIAL] @ x2[:, _SHARES:_TRIAL].T
         kind = kinds * torch.outer(x1[:, _SHARES], x2[:, _SHARES])
-        return x1[:, :_SHARES] @ x2[:, :_SHARES].T + same * effects + kind
+        return super().physics(x1, x2, kinds) + same * effects + kind
 
     def kinds(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
         """How much of the effect of the kind of layers two places share."""
@@ -134,7 +167,7 @@ def _matern(scales: tuple[float, ...]) -> gpytorch.kernels.Kernel:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For matrices this small, more threads only wait for each other: ten times the CPU time."""
+    """For matrices this small, more threads only wait for each other, at the cost of CPU time."""
     with _pools().limit(limits=1):
         yield
 
@@ -145,9 +178,9 @@ def _pools() -> ThreadpoolController:
 
 
 @cache
-def time_kernel() -> TimeKernel:
+def time_kernel(*, residual: bool = True) -> AnalyticKernel:
     """The one that all processes share: it never changes."""
-    return TimeKernel()
+    return TimeKernel() if residual else AnalyticKernel()
 
 
 def features(at: Points, times: Times, trials: Array) -> torch.Tensor:
@@ -183,15 +216,18 @@ class GaussianProcess:
     ) -> None:
         self._model = model
         self._measured = measured
-        self._residual = residual
-        self._theta = THETA_MEAN
-        self._noise = noise_sd(measured.iterations) ** 2
-        if not residual:
-            self._noise = self._noise + ANALYTIC_NOISE**2
+        self._kernel = time_kernel(residual=residual)
+        self._theta, self._scale = THETA_MEAN, 1.0
+        self._noise = noise_sd(measured.iterations) ** 2 + self._kernel.noise_sd**2
         if len(measured.ln_s):
             self._fit()
             if self._discount_stragglers():
                 self._fit()
+
+    @property
+    def scale(self) -> float:
+        """Factor of all standard deviations."""
+        return self._scale
 
     @property
     def theta(self) -> Array:
@@ -209,18 +245,17 @@ class GaussianProcess:
         mean = times.ln_s + times.gradient @ (THETA_MEAN - self._theta)
         x = features(at, times, trials)
         with torch.no_grad():
-            variance = self._own(x).numpy()
+            variance = self._kernel.variance(x).numpy()
             if len(self._measured.ln_s):
-                kinds = self._kinds(self._x, x)
-                across = self._physics(self._x, x, kinds) + self._fields(self._x, x)
+                across = self._kernel.forward(self._x, x)
                 half = torch.linalg.solve_triangular(self._factor, across, upper=False)
                 mean = mean + (across.T @ self._weights).numpy()
                 variance = variance - (half**2).sum(0).numpy()
-        return mean, np.sqrt(np.maximum(variance, 1e-6))
+        return mean, self._scale * np.sqrt(np.maximum(variance, 1e-6))
 
     def _fit(self) -> None:
         """Finds the most probable theta, and the posterior there (Gauss-Newton)."""
-        measured = self._measured
+        measured, kernel = self._measured, self._kernel
         apart = kinds = None
         for last in (*[False] * (_STEPS - 1), True):
             times = self._model(measured.at, self._theta)
@@ -228,15 +263,18 @@ class GaussianProcess:
             surprise = measured.ln_s - times.ln_s - times.gradient @ (THETA_MEAN - self._theta)
             with torch.no_grad():
                 if apart is None or kinds is None:  # the same for every theta
-                    apart, kinds = self._fields(x, x), self._kinds(x, x)
+                    apart, kinds = kernel.fields(x, x), kernel.kinds(x, x)
                     apart.diagonal().add_(torch.from_numpy(self._noise) + _JITTER)
-                self._factor = torch.linalg.cholesky(self._physics(x, x, kinds) + apart)
+                self._factor = torch.linalg.cholesky(kernel.physics(x, x, kinds) + apart)
                 self._weights = torch.cholesky_solve(
                     torch.from_numpy(surprise)[:, None], self._factor
                 )[:, 0]
             if not last:
                 step = THETA_SD**2 * (times.gradient.T @ self._weights.numpy())
                 self._theta = THETA_MEAN + step
+        count, surprises = len(surprise), float(surprise @ self._weights.numpy())
+        # Not narrower: what siblings have in common says less of the next one than it seems.
+        self._scale = max(1.0, math.sqrt((SCALE_DOF + surprises) / (SCALE_DOF + count)))
 
     def _discount_stragglers(self) -> bool:
         """Adds noise to what is far slower than the other measurements say (leave one out)."""
@@ -245,25 +283,6 @@ class GaussianProcess:
         slow = z > STRAGGLER_Z
         self._noise = self._noise + np.where(slow, (z / np.sqrt(inverse)) ** 2, 0.0)
         return bool(slow.any())
-
-    def _physics(self, a: torch.Tensor, b: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-        if not self._residual:
-            return a[:, :_SHARES] @ b[:, :_SHARES].T
-        return time_kernel().physics(a, b, kinds)
-
-    def _kinds(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return time_kernel().kinds(a, b)
-
-    def _fields(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if not self._residual:
-            return torch.zeros(len(a), len(b), dtype=a.dtype)
-        return time_kernel().fields(a, b)
-
-    def _own(self, a: torch.Tensor) -> torch.Tensor:
-        """Variance of each."""
-        if not self._residual:
-            return (a[:, :_SHARES] ** 2).sum(1)
-        return time_kernel().forward(a, a, diag=True)
 
 
 def noise_sd(iterations: Array) -> Array:

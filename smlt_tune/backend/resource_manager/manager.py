@@ -195,10 +195,11 @@ class ResourceManager:
             process, memory = known.process(residual=self._residual), known.memory()
             if current is not None:
                 grid = grid.joined(Grid.of([current], names))
-            coarse = Outlook(known, memory, grid, known.ln_times(process, grid), current)
+            expected = known.of(grid, process, memory)
+            coarse = Outlook(known, grid, expected, current)
             closer = around(grid, coarse.best(), facts)
-            ln_times = np.concatenate([coarse.ln_times, known.ln_times(process, closer)], axis=1)
-            return Outlook(known, memory, grid.joined(closer), ln_times, current)
+            expected = np.concatenate([expected, known.of(closer, process, memory)], axis=1)
+            return Outlook(known, grid.joined(closer), expected, current)
 
 
 def _why_move(outlook: Outlook, best: int, stay: int) -> str | None:

@@ -67,8 +67,8 @@ class Profile:
             inside.
         start_s: From the invocation of its functions until they trained (all were ready, and others
             had left), seconds; 0 if not known.
-        warm_s: By how much the first iteration after that took longer than the others: state that
-            is restored, cold caches; seconds, 0 if not known.
+        hold_up_s: For how long the hand-over to them held up training: state that is saved and
+            restored, cold caches; seconds, 0 if there was none.
         peak_mb: Highest resident memory of a worker, MB; 0 if not known.
         out_of_memory: The memory was not enough. Then ``peak_mb`` is a lower bound and there are no
             times.
@@ -82,7 +82,7 @@ class Profile:
     sync_s: float = 0.0
     other_share: float = 0.0
     start_s: float = 0.0
-    warm_s: float = 0.0
+    hold_up_s: float = 0.0
     peak_mb: float = 0.0
     out_of_memory: bool = False
 

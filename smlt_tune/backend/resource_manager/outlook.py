@@ -20,7 +20,6 @@ from smlt_tune.backend.resource_manager.observations import (
     Workload,
 )
 from smlt_tune.backend.resource_manager.physics import (
-    MOVE_S,
     IterationTime,
     JobTerms,
     Points,
@@ -50,15 +49,17 @@ REFUSED_Z = 3.0
 #: Least probability that the memory is enough.
 FITS = 0.95
 #: Weight of what the goal does not ask for: cheapest still prefers the faster of two equals.
-TIE = 0.01
+TIE = 0.05
 #: If the limit cannot be kept, what exceeds it hardly more than the least possible will do, too.
 NEARLY = 1.03
+#: By how much the pace of a whole job may still change: other load on the machine, say; ln.
+PACE_SD = 0.08
 #: Half-width of a 90 % interval, in standard deviations.
 Z90 = 1.645
 #: Least standard deviation of ln(time) of a whole job.
 JOB_SD = 0.02
-#: What the first iteration of functions takes longer than others, as long as none was seen, s.
-WARM_S = 0.3
+#: For how long a hand-over holds up training, as long as none was seen, in seconds.
+HOLD_UP_S = 0.4
 #: What a job of unknown length is assumed to have left, iterations: only ratios matter then.
 UNKNOWN_ITERATIONS = 1000
 
@@ -105,9 +106,17 @@ class Knowledge:
         )
         return GaussianProcess(self.model, measured, residual=residual)
 
-    def ln_times(self, process: "GaussianProcess", grid: Grid) -> Array:
-        """Means and standard deviations of ln(time per iteration), shape (2, p)."""
-        return np.stack(process.predict(self.points(grid), np.zeros(len(grid.workers))))
+    def of(self, grid: Grid, process: "GaussianProcess", memory: MemoryModel) -> Array:
+        """What is expected of each allocation of a grid.
+
+        Returns:
+            Mean and standard deviation of ln(time per iteration), and the probability that the
+            memory is enough; shape (3, p).
+        """
+        here = np.zeros(len(grid.workers))
+        holdings = _holdings([self.workload] * len(here), grid.workers, here)
+        mean, sd = process.predict(self.points(grid), here)
+        return np.stack([mean, sd, memory.fits(holdings, grid.memory_mb)])
 
     def memory(self) -> MemoryModel:
         """The posterior of the peak memory."""
@@ -171,10 +180,10 @@ class Knowledge:
         seen = [p.start_s for p in self.near if p.start_s > 0]
         return float(np.median(seen[:16])) if seen else self.facts.start_s or self.table.start_s
 
-    def warm_s(self) -> float:
-        """What its first iteration then takes longer than others."""
-        seen = [p.warm_s for p in self.near if p.warm_s > 0]
-        return float(np.median(seen[:16])) if seen else WARM_S
+    def hold_up_s(self) -> float:
+        """For how long a hand-over holds up training."""
+        seen = [p.hold_up_s for p in self.near if p.hold_up_s > 0]
+        return float(np.median(seen[:16])) if seen else HOLD_UP_S
 
 
 def _holdings(workloads: list[Workload], workers: Array, trials: Array) -> Holdings:
@@ -191,12 +200,7 @@ class Outlook:
     """What each of some allocations would do for the rest of a job, and which is best."""
 
     def __init__(
-        self,
-        known: Knowledge,
-        memory: MemoryModel,
-        grid: Grid,
-        ln_times: Array,
-        current: Allocation | None,
+        self, known: Knowledge, grid: Grid, expected: Array, current: Allocation | None
     ) -> None:
         self._known = known
         self._facts = known.facts
@@ -204,10 +208,8 @@ class Outlook:
         self._grid = grid
         self.workers, self.memory_mb = grid.workers, grid.memory_mb
         size = len(grid.workers)
-        self.ln_times = ln_times
-        self._mean, self._sd = ln_times[0], np.sqrt(ln_times[1] ** 2 + JOB_SD**2)
-        holdings = _holdings([known.workload] * size, grid.workers, np.zeros(size))
-        self._fits = memory.fits(holdings, grid.memory_mb)
+        self._mean, sd, self._fits = expected
+        self._sd = np.hypot(sd, JOB_SD)
         self.own = sum(p.job_id == known.facts.job_id for p in known.near)
         self.siblings = len(known.near) - self.own
         self._current = current
@@ -221,15 +223,15 @@ class Outlook:
 
     def _job_terms(self, current: Allocation | None) -> JobTerms:
         known, grid, size = self._known, self._grid, len(self._grid.workers)
-        start_s, warm_s = known.start_s(), known.warm_s()
+        start_s = known.start_s()
         told = known.iterations_left()
         stores = list(known.stores.values())
         whole = JobTerms(
             iterations=np.full(size, float(UNKNOWN_ITERATIONS if told is None else told)),
             other_share=known.other_share(),
             start_s=start_s,
-            warm_s=warm_s,
-            before_s=np.full(size, start_s + warm_s),
+            hold_up_s=known.hold_up_s(),
+            before_s=np.full(size, start_s),
             before_usd=np.zeros(size),
             starts=np.ones(size),
             time_limit_s=self._facts.limits.time_limit_s,
@@ -247,13 +249,15 @@ class Outlook:
         iteration_s = float(np.exp(self._mean[stay])) * (1.0 + whole.other_share)
         left = whole.iterations[stay]
         meanwhile = min(whole.start_s / iteration_s, left)
-        per_s = self.workers[stay] * self.memory_mb[stay] / 1024.0 * whole.gb_second_usd
+        usd_per_s = self.workers * self.memory_mb / 1024.0 * whole.gb_second_usd
+        together = meanwhile * iteration_s * usd_per_s[stay]
+        together += whole.hold_up_s * (usd_per_s[stay] + usd_per_s)
         others = self._others
         return replace(
             whole,
             iterations=np.where(others, left - meanwhile, left),
-            before_s=np.where(others, meanwhile * iteration_s + MOVE_S + whole.warm_s, 0.0),
-            before_usd=np.where(others, meanwhile * iteration_s * per_s, 0.0),
+            before_s=np.where(others, meanwhile * iteration_s + whole.hold_up_s, 0.0),
+            before_usd=np.where(others, together, 0.0),
             starts=np.where(others, 1.0, 0.0),
         )
 
@@ -296,10 +300,10 @@ class Outlook:
         limit, terms = self._limit(), self._terms
         if limit is None or not self._measurable():
             return None
-        reserve = np.full(len(self.workers), MOVE_S + terms.warm_s)
+        reserve = np.full(len(self.workers), terms.hold_up_s)
         if isinstance(self._goal, Fastest):
             usd_per_s = self.workers * self.memory_mb / 1024.0 * terms.gb_second_usd
-            reserve = usd_per_s * (terms.start_s + terms.warm_s)
+            reserve = usd_per_s * (terms.start_s + terms.hold_up_s)
         if self._current is None:
             return limit - reserve
         return np.where(self._others, MOVE_SHARE * limit - reserve, limit)
@@ -346,7 +350,21 @@ class Outlook:
         else:
             limited = self._limited(0.0)
             good = possible & (limited <= NEARLY * limited[possible].min())
-        return int(np.argmin(np.where(good, self._objective(), np.inf)))
+        return int(np.argmin(np.where(good, self._objective() + self._another_move(), np.inf)))
+
+    def _another_move(self) -> Array:
+        """What having to leave again would cost, times its chance; logarithm of the objective."""
+        limit = self._limit()
+        if limit is None or limit <= 0.0 or not self._measurable():
+            return np.zeros(len(self.workers))
+        from scipy.special import ndtr
+
+        over = np.log(np.maximum(self._limited(0.0), 1e-18) / limit)
+        terms, move_s = self._terms, self._terms.hold_up_s
+        if isinstance(self._goal, Cheapest):  # both generations are billed
+            move_s = terms.start_s + 2.0 * terms.hold_up_s
+        share = move_s / np.maximum(self.time_s, 1e-12)
+        return np.asarray(ndtr(over / np.hypot(self._sd, PACE_SD)) * np.log1p(share))
 
     def gain(self, new: int, old: int) -> float:
         """Share of what is left that the new one saves of what the goal minimises."""

@@ -28,13 +28,14 @@ unknowns are positive (phi is below 1) and lie in a vector theta of logarithms (
 with a Gaussian prior.
 
 A job, with k = ceil(N t (1 + r) / time limit) generations of functions, each of which takes t0 to
-start and t1 more for its first iteration::
+start; a hand-over from one to the next holds up training for th::
 
-    T = t0 + t1 + N t (1 + r) + (k - 1) (t_move + t1)
+    T = t0 + N t (1 + r) + (k - 1) th
     C = n (k p_run + (T + (k - 1) t0) m / 1024 p_fn)
         + N t (1 + r) (store, by the second) + N n (3 n + 1) (store, by the request)
 
-A job that moves trains on where it is until the new functions are there, t0 later.
+A job that moves trains on where it is until the new functions are there, t0 later; both are billed
+until those have taken over, th after that.
 """
 
 import math
@@ -68,8 +69,6 @@ _INDEX = {name: i for i, name in enumerate(PRIOR)}
 
 #: FLOPs per parameter and sample of a dense layer, forward and backward: for want of a count.
 DENSE_FLOPS = 6.0
-#: How long a hand-over holds up training before the next generation's first iteration, in seconds.
-MOVE_S = 0.1
 #: A store that other jobs keep busy still gives this share.
 LEAST_SHARE = 0.1
 _NORM = 4.0
@@ -207,7 +206,7 @@ class JobTerms:
         iterations: N, shape (p,).
         other_share: r.
         start_s: t0; billed for every function that starts.
-        warm_s: t1.
+        hold_up_s: th.
         before_s: What passes before these iterations, shape (p,).
         before_usd: What that costs besides the start of functions, shape (p,).
         starts: Whether functions have to start first, shape (p,): 1 or 0.
@@ -223,7 +222,7 @@ class JobTerms:
     iterations: Array
     other_share: float
     start_s: float
-    warm_s: float
+    hold_up_s: float
     before_s: Array
     before_usd: Array
     starts: Array
@@ -238,14 +237,14 @@ class JobTerms:
     def time_s(self, iteration_s: Array) -> Array:
         """Time to the job's end, given t; shape (p,)."""
         training = self._training_s(iteration_s)
-        return self.before_s + training + self._moves(training) * (MOVE_S + self.warm_s)
+        return self.before_s + training + self._moves(training) * self.hold_up_s
 
     def cost_usd(self, iteration_s: Array) -> Array:
         """Cost to the job's end, given t; shape (p,)."""
         n, training = self.workers, self._training_s(iteration_s)
         moves = self._moves(training)
         runs = self.starts + moves
-        seconds = training + moves * MOVE_S + runs * (self.start_s + self.warm_s)
+        seconds = training + moves * self.hold_up_s + runs * self.start_s
         functions = n * (
             runs * self.request_usd + seconds * self.memory_mb / 1024.0 * self.gb_second_usd
         )

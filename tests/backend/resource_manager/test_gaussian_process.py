@@ -80,7 +80,16 @@ def test_the_posterior_is_that_of_an_exact_gp_of_gpytorch():
     with torch.no_grad():
         posterior = exact(gp.features(there, times_there, np.full(30, 2.0)))
     assert mean == pytest.approx(mean_there + posterior.mean.numpy(), abs=1e-5)
-    assert sd == pytest.approx(posterior.stddev.numpy(), rel=1e-4)
+    assert sd == pytest.approx(fitted.scale * posterior.stddev.numpy(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("error", "wider"), [(0.01, False), (0.6, True)])
+def test_intervals_widen_where_measurements_are_off_by_more_than_the_model_allows(error, wider):
+    rng = np.random.default_rng(3)
+    at = places(rng, 40)
+    ln_s = MODEL(at, THETA_MEAN).ln_s + rng.normal(0, error, 40)
+    process = gp.GaussianProcess(MODEL, measurements(at, ln_s, np.arange(40) // 4))
+    assert process.scale > 1.2 if wider else process.scale == 1.0
 
 
 def family(rng, theta, trials, each, effect=0.2):

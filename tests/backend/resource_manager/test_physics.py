@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smlt_tune.backend.resource_manager.physics import (
-    MOVE_S,
     PRIOR,
     THETA_MEAN,
     IterationTime,
@@ -109,7 +108,7 @@ def terms(**changed):
         "iterations": np.array([100.0]),
         "other_share": 0.0,
         "start_s": 2.0,
-        "warm_s": 0.0,
+        "hold_up_s": 0.0,
         "before_s": np.array([2.0]),
         "before_usd": np.array([0.0]),
         "starts": np.array([1.0]),
@@ -134,21 +133,15 @@ def terms(**changed):
         ({"before_s": np.array([0.0]), "starts": np.array([0.0])}, 50.0, 4 * 50 * 2 * 1e-5),
         # it moves: it trained on for 2 s, for 0.5 USD, while new functions started
         (
-            {"before_s": np.array([2.0 + MOVE_S]), "before_usd": np.array([0.5])},
-            52.0 + MOVE_S,
+            {"before_s": np.array([2.5]), "before_usd": np.array([0.5])},
+            52.5,
             0.5 + 4 * (1e-3 + 52 * 2 * 1e-5),
         ),
         # 50 s in generations of at most 20 s: two hand-overs
         (
-            {"time_limit_s": 20.0},
-            52.0 + 2 * MOVE_S,
-            4 * (3 * 1e-3 + (50 + 2 * MOVE_S + 3 * 2) * 2 * 1e-5),
-        ),
-        # first iterations on cold caches: one at the start, one after the hand-over
-        (
-            {"time_limit_s": 30.0, "warm_s": 0.5, "before_s": np.array([2.5])},
-            52.5 + MOVE_S + 0.5,
-            4 * (2 * 1e-3 + (50 + MOVE_S + 2 * 2.5) * 2 * 1e-5),
+            {"time_limit_s": 20.0, "hold_up_s": 0.5},
+            52.0 + 2 * 0.5,
+            4 * (3 * 1e-3 + (50 + 2 * 0.5 + 3 * 2) * 2 * 1e-5),
         ),
         ({"store_usd_per_s": np.array([0.1])}, 52.0, 4 * (1e-3 + 52 * 2 * 1e-5) + 50 * 0.1),
         # 3 n + 1 requests of every worker in every iteration
