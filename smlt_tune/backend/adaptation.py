@@ -219,7 +219,8 @@ class Adaptation:
         milestones = sum(_share_done(job) >= share for share in MILESTONES)
         if milestones > job.milestones:
             job.milestones = milestones
-            occasion = occasion or "progress"
+            if _enough(generation):  # else it is looked at soon
+                occasion = occasion or "progress"
         if job.workload_changed:
             job.workload_changed = False
             occasion = "workload"
