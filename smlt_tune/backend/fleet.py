@@ -4,6 +4,7 @@ A fleet runs one thread that owns the task scheduler. Whatever happens (a call o
 worker's event, the end of an invocation) is put into one queue and handled there in turn.
 """
 
+import json
 import logging
 import math
 import queue
@@ -55,10 +56,18 @@ from smlt_tune.backend.resource_manager.policy import (
 )
 from smlt_tune.backend.store_costs import PaidObjectStore, StoreCosts
 from smlt_tune.backend.task_scheduler import Settings, TaskScheduler
-from smlt_tune.errors import FleetClosed, InvalidInput, SmltError, StoreUnavailable
+from smlt_tune.errors import (
+    FleetClosed,
+    InvalidInput,
+    ObjectNotFound,
+    SmltError,
+    StoreUnavailable,
+)
 from smlt_tune.runtime import keys, wire
+from smlt_tune.runtime.checkpoint import KEEP_OF_REPORTS, Checkpoints
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 from smlt_tune.runtime.features import ModelFeatures
+from smlt_tune.runtime.frameworks.base import read_meta
 from smlt_tune.runtime.stores.base import ObjectStore
 from smlt_tune.runtime.stores.opening import open_object_store, open_parameter_store
 
@@ -315,6 +324,7 @@ class Fleet:
         shards: int = 0,
         seed: int = 0,
         lockstep: bool = False,
+        start_from: str | None = None,
         name: str | None = None,
     ) -> Job:
         """Starts a job and returns without waiting for it.
@@ -339,6 +349,11 @@ class Fleet:
             lockstep: ``session.report`` returns only after ``Job.acknowledge`` has said that the
                 report was consumed, so that a job that is stopped at a report has not trained
                 beyond it. Every report names a checkpoint of its boundary.
+            start_from: ``Report.checkpoint`` or ``JobOutcome.checkpoint`` of a job of this fleet.
+                The new job begins with its state (weights, optimizers' state, epochs done, number
+                of reports), but with its own configuration: what it sets in an optimizer's
+                ``param_groups``, and of schedulers, wins. The checkpoint is read here, and kept for
+                the new job as it is now.
             name: Key of the job. A name that the fleet knows, from before a crash too, gives that
                 job instead of a new one.
 
@@ -357,6 +372,9 @@ class Fleet:
         job_id = self._free_name() if name is None else name
         mistakes = _submit_mistakes(train, job_id, seed, shards, lockstep)
         mistakes += _workload_mistakes(workload)
+        donor = b""
+        with _collected(mistakes):
+            donor = self._checkpoint_at(start_from)
         facts = JobFacts(job_id, self._platform.limits, wanted, bounds, stores=self._store_names())
         mistakes += check(facts)
         function = digest = ""
@@ -380,6 +398,8 @@ class Fleet:
             spec = JobSpec(
                 job_id, function, digest, seed, bounds, wanted, shards, workload, lockstep
             )
+            if donor:
+                spec = self._forked(spec, donor)
             self._history.append("job", job_id, spec.to_json())
             state = self._states[job_id] = JobState(spec)
             self._queue.put(partial(self._scheduler.submit, state))
@@ -606,6 +626,44 @@ class Fleet:
         )
         if not plan.feasible:
             raise InvalidInput(plan.notes)
+
+    def _checkpoint_at(self, url: object) -> bytes:
+        """The content of a checkpoint of one of the fleet's jobs; nothing for None.
+
+        Raises:
+            InvalidInput: It is no such thing.
+            ObjectNotFound: It was deleted.
+            ObjectDamaged: It is not what was written.
+        """
+        if url is None:
+            return b""
+        place = f"{self._objects.url}/"
+        key = str(url).removeprefix(place)
+        job_id = keys.job_of_checkpoint(key)
+        if not isinstance(url, str) or not url.startswith(place) or job_id is None:
+            raise InvalidInput(
+                f"start_from={url!r} is no checkpoint of this fleet: give Report.checkpoint or "
+                f"JobOutcome.checkpoint of one of its jobs, {place}jobs/..."
+            )
+        if job_id not in self._states:
+            raise InvalidInput(
+                f"start_from={url!r} is a checkpoint of the job {job_id!r}, which this fleet does "
+                "not know"
+            )
+        try:
+            return Checkpoints(self._objects, job_id).load(key)
+        except ObjectNotFound as error:
+            raise InvalidInput(
+                f"start_from={url!r} does not exist (any more): a job keeps its newest checkpoint, "
+                f"one in lockstep also those of its last {KEEP_OF_REPORTS} reports"
+            ) from error
+
+    def _forked(self, spec: JobSpec, donor: bytes) -> JobSpec:
+        """A job that begins with another one's checkpoint, of which it keeps a copy."""
+        meta = read_meta(donor)
+        key = keys.checkpoint(spec.job_id, meta["position"], donor)
+        self._objects.put(key, donor)
+        return replace(spec, start_from=key, first_report=len(json.loads(meta["reports"])))
 
     def _check_open(self) -> None:
         if self.closed:

@@ -1067,7 +1067,7 @@ class TaskScheduler:
     def _delete_old(self, job: Record, newest: str | None) -> None:
         """Deletes all checkpoints but the newest, and those of the last reports."""
         urls = [report.checkpoint for report in job.state.reports[-KEEP_OF_REPORTS:]]
-        keep = {newest, *(url.removeprefix(f"{self._objects.url}/") for url in urls if url)}
+        keep = {newest, *(f"jobs/{url.rpartition('/jobs/')[2]}" for url in urls if url)}
         try:
             names = self._objects.list(keys.checkpoints(job.job_id))
             self._objects.delete([name for name in names if name not in keep])

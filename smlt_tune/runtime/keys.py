@@ -42,6 +42,7 @@ Object store
 | ``shared/tensors/<number>.safetensors`` | values of shared tensors; the newest names all of them |
 """
 
+import re
 import zlib
 from dataclasses import dataclass
 
@@ -206,3 +207,9 @@ def shared_update(job: str) -> str:
 def shared_tensors(number: int) -> str:
     """Key of the values that were new at one time; sorts by that."""
     return f"{SHARED_TENSORS}{number:010d}.safetensors"
+
+
+def job_of_checkpoint(key: str) -> str | None:
+    """The job whose checkpoint has that key; None if it is no key of a checkpoint."""
+    found = re.fullmatch(r"jobs/([^/]+)/checkpoints/[^/]+-[0-9a-f]{8}\.safetensors", key)
+    return found[1] if found else None

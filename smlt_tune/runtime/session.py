@@ -208,7 +208,7 @@ class Session:
             self._objects.on_step(self._on_step)
         self._enter()
         if self._start:
-            self._objects.load(self._start[1], self._prepared, whole=False)
+            self._objects.load(self._start[1], self._prepared, whole=False, fork=self._forks)
         self._prepared += len(objects)
         self._seed_generators("prepared", self._prepared, shared=True)
         return objects[0] if len(objects) == 1 else objects
@@ -676,13 +676,13 @@ class Session:
             self._workload.per_sample = tuple(per_sample)
         self._safe = key
         reports, untold = dict(json.loads(meta["reports"])), int(meta["untold"])
-        self._reports.restore(reports, untold, fork=key == self._spec.fork, key=key)
+        self._reports.restore(reports, untold, fork=self._forks, key=key)
 
     def _arrive(self) -> None:
         """The program is back where it was interrupted: the state is again what it was there."""
         if self._arrived or self._objects is None or self._start is None:
             return
-        self._objects.load(self._start[1], 0, whole=True)
+        self._objects.load(self._start[1], 0, whole=True, fork=self._forks)
         self._arrived, self._start = True, None
         if self._keeps:
             self._objects.keep_light()
@@ -819,6 +819,11 @@ class Session:
     def _spec(self) -> wire.WorkerSpec:
         assert self._home is not None
         return self._home.spec
+
+    @property
+    def _forks(self) -> bool:
+        """Whether the job begins here with the checkpoint of another one."""
+        return self._start is not None and self._start[0] == self._spec.fork
 
     def _tell_workload(self, **workload: Any) -> None:
         self._membership.tell(wire.Workload, **workload)

@@ -120,13 +120,17 @@ class Framework(Protocol):
             kept: Of the remembered state instead of the present one.
         """
 
-    def load(self, content: bytes, first: int, *, whole: bool) -> None:
+    def load(self, content: bytes, first: int, *, whole: bool, fork: bool = False) -> None:
         """Restores objects from a checkpoint.
 
         Args:
             content: What :meth:`save` gave.
             first: Number of the first object to restore.
             whole: Nothing else will be added: the checkpoint must hold exactly these objects.
+            fork: It is that of a job with another configuration: hyper-parameters stay as they are.
+
+        Raises:
+            UsageError: It does not fit the objects.
         """
 
     def as_native(self, arrays: Any) -> Any:

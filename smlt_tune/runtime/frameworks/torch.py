@@ -35,6 +35,7 @@ from smlt_tune.runtime.frameworks.torch_features import (
     real,
     trained,
 )
+from smlt_tune.runtime.frameworks.torch_fork import follow_schedules, load_fork
 
 #: Marks a tensor's place in the structure of a state dict.
 _TENSOR = "__tensor__"
@@ -179,7 +180,9 @@ class TorchObjects:
         }
         return save_tensors(_unshared(tensors), {META: json.dumps({**meta, **extra})})
 
-    def load(self, content: bytes, first: int, *, whole: bool) -> None:  # noqa: D102
+    def load(  # noqa: D102
+        self, content: bytes, first: int, *, whole: bool, fork: bool = False
+    ) -> None:
         tensors = load_tensors(content)
         meta = read_meta(content)
         shape = json.loads(meta["objects"])
@@ -188,12 +191,23 @@ class TorchObjects:
                 f"the checkpoint holds {len(shape)} objects, but prepare() was given "
                 f"{len(self._objects)}: a training function must prepare the same each time"
             )
-        for thing, state in list(zip(self._objects, shape, strict=False))[first:]:
-            thing.load_state_dict(_unflatten(state, tensors))
+        for number, (thing, state) in enumerate(zip(self._objects, shape, strict=False)):
+            if number < first:
+                continue
+            try:
+                load = load_fork if fork else type(thing).load_state_dict
+                load(thing, _unflatten(state, tensors))
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(
+                    f"the checkpoint does not fit object {number} of prepare(), a "
+                    f"{type(thing).__name__}: {type(error).__name__}: {error}"
+                ) from error
             if isinstance(thing, torch.optim.Optimizer):
                 # It has stepped, in another process: schedulers need not warn.
                 thing._opt_called = True  # type: ignore[attr-defined]
         gradients = _unflatten(json.loads(meta["gradients"]), tensors)
+        if fork:
+            follow_schedules(self._objects)
         for number, parameter in enumerate(self._parameters):
             parameter.grad = gradients.get(number)
         self._used.clear()
