@@ -26,6 +26,7 @@ class Candidate:
             a strategy tries the model again, which is a new candidate.
         job: Its job; None before that, and if there never was one.
         error: Why it failed or was interrupted.
+        earlier_usd: What its jobs have cost that were stopped before it was resumed, USD.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Candidate:
     status: ModelStatus = ModelStatus.Frozen
     job: "Job | None" = None
     error: str = ""
+    earlier_usd: float = 0.0
 
     @property
     def over(self) -> bool:
@@ -55,7 +57,7 @@ class Candidate:
     @property
     def cost_usd(self) -> float:
         """What it has cost so far, USD; also if it failed."""
-        return self.job.cost_usd if self.job else 0.0
+        return self.earlier_usd + (self.job.cost_usd if self.job else 0.0)
 
     @property
     def allocations(self) -> tuple[AllocationRecord, ...]:
@@ -82,13 +84,35 @@ class Candidate:
 
     @classmethod
     def from_state(
-        cls, number: int, state: Mapping[str, Any], space: ExecutableModelSpace
+        cls,
+        number: int,
+        state: Mapping[str, Any],
+        space: ExecutableModelSpace,
+        jobs: "Mapping[str, Job]",
     ) -> "Candidate":
-        """What :meth:`to_state` gave; one that is not over has no metrics yet."""
+        """What :meth:`to_state` gave.
+
+        One that is not over has no metrics: its job reports again what it has reported. Where that
+        job was stopped when the search was interrupted, it gets another one.
+
+        Args:
+            number: How many there are before it.
+            state: Of the checkpoint.
+            space: It is frozen from that.
+            jobs: Of the fleet, by name.
+        """
         model = space.freeze(state["sample"])
         candidate = cls(number, state["name"], model, error=state["error"])
         status = ModelStatus(state["status"])
+        candidate.job = jobs.get(candidate.name)
         if status.completed():
             candidate.status = model.status = status
             model.metrics = type(model.metrics)._load(**state["metrics"])
+            return candidate
+        attempt = 1
+        while candidate.job is not None and candidate.job.status == "stopped":
+            candidate.earlier_usd += candidate.job.cost_usd
+            attempt += 1
+            candidate.name = f"{state['name']}-{attempt}"
+            candidate.job = jobs.get(candidate.name)
         return candidate

@@ -13,6 +13,7 @@ from nni.nas.strategy.base import Strategy
 from nni.nas.strategy.hpo import HPOTunerStrategy
 from nni.nas.strategy.middleware import Chain
 from nni.nas.utils.serializer import TorchSerializer, get_default_serializer, set_default_serializer
+from nni.runtime import log
 
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.nni.metrics import LOG
@@ -78,6 +79,17 @@ def checkpoints(experiment: NasExperiment, folder: Path) -> Callable[[], None]:
             )
 
     return save
+
+
+def close_log(experiment_id: str) -> None:
+    """Ends an experiment's log.
+
+    Fault: NNI forgets the handler of the file and leaves the file open.
+    """
+    handler = log._handlers.get(experiment_id)
+    log.stop_experiment_logging(experiment_id)
+    if handler is not None:
+        handler.close()
 
 
 def adopt(strategy: Strategy, engine: "SmltExecutionEngine") -> None:

@@ -73,6 +73,9 @@ class SmltNasExperiment(NasExperiment):  # type: ignore[misc]
         if isinstance(self._engine, SmltExecutionEngine):
             compat.adopt(self.strategy, self._engine)
 
+    def _stop_logging(self) -> None:
+        compat.close_log(self.id)
+
     def candidates(self) -> list[Candidate]:
         """Every architecture that was submitted, with its allocations, their reasons, its cost."""
         engine = self._engine
@@ -81,7 +84,7 @@ class SmltNasExperiment(NasExperiment):  # type: ignore[misc]
 
 def install() -> None:
     """Makes plain ``nni.nas.experiment.NasExperiment`` know the engine ``smlt``."""
-    for name in ("execution_engine_factory", "load_state_dict", "candidates"):
+    for name in ("execution_engine_factory", "load_state_dict", "_stop_logging", "candidates"):
         setattr(NasExperiment, name, getattr(SmltNasExperiment, name))
 
 
