@@ -28,7 +28,7 @@ def ray_cluster():
             head_node_args={
                 "num_cpus": 4,
                 "num_gpus": 1,
-                "memory": 8 << 30,
+                "memory": 16 << 30,
                 "include_dashboard": False,
             },
         )
