@@ -1,0 +1,130 @@
+"""From what Tune calls a trainable to the training function of a job.
+
+A trainable is a class by the time an actor is made of it. What the user wrote is taken out of it
+again, so that a function is not made to import Ray for a class that wraps it. Nothing is called and
+nothing is unpickled here; the fleet stores the code by its content.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ray.tune.trainable import FunctionTrainable, Trainable
+
+from smlt_tune.backend.artifact_manager import pickled
+from smlt_tune.integrations.ray.object_refs import refuse_object_refs
+from smlt_tune.integrations.ray.programs import ClassProgram, FunctionProgram, Program
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A trainable, ready to be sent.
+
+    Attributes:
+        program: The training function.
+        data_parallel: Whether it may train on several workers: whether the user's code mentions
+            ``smlt_tune``. Code that does not opens no session.
+        is_class: Whether Tune says when it wants to see a checkpoint. The reports of a function do.
+    """
+
+    program: Program
+    data_parallel: bool
+    is_class: bool
+
+
+_known: "WeakKeyDictionary[type, Staged]" = WeakKeyDictionary()
+
+
+def stage(actor_class: Any) -> Staged:
+    """The training function for a trainable.
+
+    Args:
+        actor_class: The trainable's class after ``ray.remote``.
+
+    Raises:
+        InvalidInput: It holds what cannot be sent.
+    """
+    trainable = actor_class.__ray_metadata__.modified_class.__ray_actor_class__
+    if trainable not in _known:
+        _known[trainable] = _stage(trainable)
+    return _known[trainable]
+
+
+def _stage(trainable: type[Trainable]) -> Staged:
+    if not issubclass(trainable, FunctionTrainable):
+        users_class, parameters = _class_of(trainable)
+        content = pickled(users_class, "the trainable")
+        refuse_object_refs(users_class, parameters, content)
+        return Staged(ClassProgram(users_class, parameters), data_parallel=False, is_class=True)
+    function, parameters = _function_of(trainable)
+    content = pickled(function, "the training function")
+    refuse_object_refs(function, parameters, content)
+    uses_session = b"smlt_tune" in content
+    call = functools.partial(function, **parameters) if parameters else function
+    program = FunctionProgram(call, keeps_files=not uses_session)
+    return Staged(program, data_parallel=uses_session, is_class=False)
+
+
+def _function_of(trainable: type[FunctionTrainable]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What ``wrap_function``, ``with_parameters`` and ``with_resources`` have wrapped."""
+    function = _closure(trainable._trainable_func)["train_func"]
+    parameters: dict[str, Any] = {}
+    while True:
+        held = _closure(function)
+        if "parameter_registry" in held:
+            parameters = _parameters(held) | parameters
+            function = held["trainable"]
+        elif getattr(function, "__qualname__", "").startswith("with_resources.<locals>"):
+            function = held["trainable"]  # a method
+        else:
+            return _without_resources(function), parameters
+
+
+def _class_of(trainable: type[Trainable]) -> tuple[type[Trainable], dict[str, Any]]:
+    """What ``with_parameters`` and ``with_resources`` have derived from."""
+    parameters: dict[str, Any] = {}
+    while True:
+        held = _closure(trainable.__dict__.get("setup"))
+        if "parameter_registry" in held:
+            parameters = _parameters(held) | parameters
+        elif not trainable.__qualname__.startswith("with_resources.<locals>"):
+            return trainable, parameters
+        trainable = trainable.__bases__[0]
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """The variables of enclosing functions that a function holds on to."""
+    if not isinstance(function, types.FunctionType):
+        return {}
+    names, cells = function.__code__.co_freevars, function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def _parameters(held: dict[str, Any]) -> dict[str, Any]:
+    """The values that ``with_parameters`` has put into Ray's object store."""
+    registry, prefix = held["parameter_registry"], held["prefix"]
+    return {key: registry.get(prefix + key) for key in sorted(held["keys"])}
+
+
+def _without_resources(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``with_resources`` leaves what was asked for on the function, which would travel with it."""
+    if "_resources" not in getattr(function, "__dict__", {}):
+        return function
+    if isinstance(function, functools.partial):
+        return functools.partial(function.func, *function.args, **function.keywords)
+    if not isinstance(function, types.FunctionType):
+        return function
+    bare = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    bare.__kwdefaults__ = function.__kwdefaults__
+    bare.__dict__.update({k: v for k, v in function.__dict__.items() if k != "_resources"})
+    bare.__qualname__, bare.__module__ = function.__qualname__, function.__module__
+    return bare
