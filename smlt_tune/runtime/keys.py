@@ -21,8 +21,8 @@ Parameter store (prefix ``smlt:<fleet>:``; everything carries a time to live)
 | ``<job>:g<G>:away`` | string | rank 0, if it leaves by itself | the others | end of generation |
 | ``<job>:g<G>:consumed`` | string | scheduler | workers of a job in lockstep | end of generation |
 | ``<job>:g<G>:to<r>`` | stream | whoever wrote something for rank r | rank r | end of generation |
-| ``shared/index`` | string | the client | workers: where shared tensors lie | by expiry |
-| ``shared/t/<name>`` | string | the client | workers: a hot shared tensor | by expiry |
+| ``shared/<search>/index`` | string | the client | workers: where shared tensors lie | by expiry |
+| ``shared/<search>/t/<name>`` | string | the client | workers: a hot shared tensor | by expiry |
 
 A generation whose allocation names another parameter store has ``s...``, ``m...``, ``gone`` and a
 ``to<r>`` of its own there, under the same names.
@@ -38,8 +38,8 @@ Object store
 | ``code/<sha256>`` | a pickled training function or configuration; the name is its content |
 | ``data/<sha256>/<k>`` and ``data/<sha256>/index`` | shards of an uploaded data set |
 | ``jobs/<job>/checkpoints/<position>-<crc32>.safetensors`` | checkpoints; sort like positions |
-| ``shared/updates/<job>.safetensors`` | what a job adds to the shared tensors, until that is done |
-| ``shared/tensors/<number>.safetensors`` | values of shared tensors; the newest names all of them |
+| ``shared/<search>/updates/<job>.safetensors`` | what a job adds, until that is done |
+| ``shared/<search>/tensors/<number>.safetensors`` | shared tensors; the newest one names all |
 """
 
 import re
@@ -63,19 +63,9 @@ class FleetKeys:
         """Stream of messages from the workers to the scheduler."""
         return f"{self.prefix}events"
 
-    @property
-    def shared(self) -> str:
-        """What every key about shared tensors starts with. No job has a ``/`` in its name."""
-        return f"{self.prefix}shared/"
-
-    @property
-    def shared_index(self) -> str:
-        """Says where the shared tensors lie."""
-        return f"{self.shared}index"
-
-    def shared_tensor(self, name: str) -> str:
-        """The newest value of a hot shared tensor."""
-        return f"{self.shared}t/{name}"
+    def shared(self, search: str) -> "SharedKeys":
+        """Keys of the tensors that the jobs of one search share."""
+        return SharedKeys(f"{self.prefix}shared/{search}/", f"shared/{search}/")
 
     def generation(self, job: str, generation: int) -> "GenerationKeys":
         """Keys of one generation of one job."""
@@ -162,6 +152,50 @@ class GenerationKeys:
         return f"{self.prefix}to{rank}"
 
 
+@dataclass(frozen=True)
+class SharedKeys:
+    """Keys of the tensors that the jobs of one search share; see the tables above.
+
+    Attributes:
+        prefix: Of all in the parameter store. No job has a ``/`` in its name.
+        objects: Of all in the object store.
+    """
+
+    prefix: str
+    objects: str
+
+    @property
+    def index(self) -> str:
+        """Says where the tensors lie."""
+        return f"{self.prefix}index"
+
+    def hot(self, name: str) -> str:
+        """The newest value of a tensor in the parameter store."""
+        return f"{self.prefix}t/{name}"
+
+    @property
+    def updates(self) -> str:
+        """Prefix of what jobs add."""
+        return f"{self.objects}updates/"
+
+    def update(self, job: str) -> str:
+        """What one job adds."""
+        return f"{self.updates}{job}.safetensors"
+
+    def job_of(self, update: str) -> str:
+        """Whose update it is."""
+        return update.removeprefix(self.updates).removesuffix(".safetensors")
+
+    @property
+    def tensors(self) -> str:
+        """Prefix of the values in the object store."""
+        return f"{self.objects}tensors/"
+
+    def values(self, number: int) -> str:
+        """The values that were new at one time; sorts by that."""
+        return f"{self.tensors}{number:010d}.safetensors"
+
+
 def code(digest: str) -> str:
     """Key of a pickled function or configuration in the object store."""
     return f"code/{digest}"
@@ -190,23 +224,6 @@ def checkpoint(job: str, position: str, content: bytes) -> str:
 def checkpoint_crc(key: str) -> int:
     """The checksum that a checkpoint's key carries."""
     return int(key.rsplit("-", 1)[1].removesuffix(".safetensors"), 16)
-
-
-#: Prefix of what jobs add to the shared tensors, in the object store.
-SHARED_UPDATES = "shared/updates/"
-
-#: Prefix of the values of shared tensors, in the object store.
-SHARED_TENSORS = "shared/tensors/"
-
-
-def shared_update(job: str) -> str:
-    """Key of what one job adds to the shared tensors."""
-    return f"{SHARED_UPDATES}{job}.safetensors"
-
-
-def shared_tensors(number: int) -> str:
-    """Key of the values that were new at one time; sorts by that."""
-    return f"{SHARED_TENSORS}{number:010d}.safetensors"
 
 
 def job_of_checkpoint(key: str) -> str | None:

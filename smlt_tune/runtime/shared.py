@@ -1,4 +1,4 @@
-"""Tensors that the jobs of a fleet train together, by name (parameter sharing, as in ENAS).
+"""Tensors that the jobs of a search train together, by name (parameter sharing, as in ENAS).
 
 A job reads the tensors that it needs when it begins, trains them, and pushes what it has made of
 them at its end. The client merges what was pushed; it is the only one who writes. So no update is
@@ -8,8 +8,7 @@ whichever generation or restarted worker pushes it, and the first one stays.
 Consistency. A job sees every tensor as it was between two merges, but not all tensors at the same
 time, and misses what is merged while it trains. The more updates a tensor got since a job read it,
 the less the job's change counts (:func:`damping`): c jobs at once together go about as far as one
-job goes c times, not c times too far. Averages (running statistics) move towards the job's value
-instead, so that a variance stays positive.
+job goes c times, not c times too far.
 
 Where. All values lie in the object store: every merge writes one object with the tensors that it
 changed and a list of where all others are. The most recently changed also lie in the parameter
@@ -69,13 +68,11 @@ class TensorUpdate:
         before: Values with which the job began, float32, finite.
         after: Values at its end, of the same shape, finite.
         version: Of the shared tensor that it read; 0 if there was none.
-        average: Whether it is an average (a running mean or variance), not a trained parameter.
     """
 
     before: Array
     after: Array
     version: int
-    average: bool = False
 
 
 def damping(staleness: int) -> float:
@@ -97,36 +94,47 @@ def merged(shared: SharedTensor | None, update: TensorUpdate) -> SharedTensor:
     value[_leading(old.shape)] = old
     part = value[_leading(update.after.shape)]
     share = np.float32(damping(max(0, shared.version - update.version)))
-    change = update.after - (part if update.average else update.before)
-    part[...] = np.where(np.isnan(part), update.after, part + share * change)
+    change = share * (update.after - update.before)
+    part[...] = np.where(np.isnan(part), update.after, part + change)
     return SharedTensor(value, shared.version + 1)
 
 
 class SharedTensors:
-    """The shared tensors of a fleet, as its jobs see them.
+    """The shared tensors of a search, as its jobs see them.
 
     Args:
         fleet: Name of the fleet.
+        search: Name of the search.
         parameter_store: Holds the most recently changed.
         object_store: Holds all.
         job: Who pushes.
     """
 
     def __init__(
-        self, fleet: str, parameter_store: ParameterStore, object_store: ObjectStore, job: str = ""
+        self,
+        fleet: str,
+        search: str,
+        parameter_store: ParameterStore,
+        object_store: ObjectStore,
+        job: str = "",
     ) -> None:
-        self.keys = keys.FleetKeys(fleet)
+        self.keys = keys.FleetKeys(fleet).shared(search)
         self.parameter_store = parameter_store
         self.object_store = object_store
         self._job = job
 
     @classmethod
     def of(cls, session: "Session") -> Self | None:
-        """Those of the fleet that a session belongs to; None if it runs alone."""
+        """Those of the search that a session's job belongs to; None if the session runs alone.
+
+        Jobs of a search are called ``<search>-<number>``.
+        """
         home = session._home
         if home is None:
             return None
-        return cls(home.spec.fleet, home.parameter_store, home.object_store, home.spec.job)
+        fleet, job = home.spec.fleet, home.spec.job
+        search = job.rpartition("-")[0] or job
+        return cls(fleet, search, home.parameter_store, home.object_store, job)
 
     def read(self, names: Sequence[str]) -> dict[str, SharedTensor]:
         """The present values, those that do not exist left out.
@@ -135,7 +143,7 @@ class SharedTensors:
             StoreUnavailable: Objects vanished again and again while they were looked up.
         """
         for _ in range(ATTEMPTS):
-            wanted = [self.keys.shared_index, *map(self.keys.shared_tensor, names)]
+            wanted = [self.keys.index, *map(self.keys.hot, names)]
             index, *hot = self.parameter_store.get(wanted)
             found: dict[str, SharedTensor] = {}
             for content in hot:
@@ -147,7 +155,7 @@ class SharedTensors:
                 continue  # a merge has replaced it since
         raise StoreUnavailable(
             f"shared tensors vanished {ATTEMPTS} times while they were read: does more than one "
-            "client merge updates of this fleet?"
+            "client merge the updates of this search?"
         )
 
     def push(self, updates: Mapping[str, TensorUpdate]) -> bool:
@@ -159,13 +167,13 @@ class SharedTensors:
         arrays: dict[str, Array] = {}
         for name, update in updates.items():
             arrays |= {f"before/{name}": update.before, f"after/{name}": update.after}
-        about = {n: [update.version, update.average] for n, update in updates.items()}
-        content = save(arrays, {META: json.dumps({"updates": json.dumps(about)})})
-        return self.object_store.put(keys.shared_update(self._job), content, if_absent=True)
+        versions = json.dumps({name: update.version for name, update in updates.items()})
+        content = save(arrays, {META: json.dumps({"versions": versions})})
+        return self.object_store.put(self.keys.update(self._job), content, if_absent=True)
 
     def newest_index(self) -> "Index":
         """Where everything lies, by the object store."""
-        objects = self.object_store.list(keys.SHARED_TENSORS)
+        objects = self.object_store.list(self.keys.tensors)
         return Index.of_object(self.object_store.get(objects[-1])) if objects else Index()
 
     def _cold(self, content: bytes | None, names: Sequence[str]) -> dict[str, SharedTensor]:
@@ -174,7 +182,7 @@ class SharedTensors:
         index = Index.decode(content) if content is not None else self.newest_index()
         found: dict[str, SharedTensor] = {}
         for number in sorted({index.places[name] for name in names if name in index.places}):
-            tensors = unpack(self.object_store.get(keys.shared_tensors(number)))
+            tensors = unpack(self.object_store.get(self.keys.values(number)))
             here = [name for name in names if index.places.get(name) == number]
             found |= {name: tensors[name] for name in here}
         return found
@@ -210,7 +218,7 @@ class Index:
 
 
 class SharedTensorsWriter:
-    """Merges what jobs push. One client of a fleet at a time may have one; it needs no thread.
+    """Merges what jobs push. One client at a time may have one for a search; it needs no thread.
 
     Args:
         shared: Where the tensors lie.
@@ -223,7 +231,7 @@ class SharedTensorsWriter:
         self._hot: OrderedDict[str, int] = OrderedDict()  # sizes; the least recently changed first
         self._index = shared.newest_index()
         # Hot values of an earlier client may lack what it merged last.
-        shared.parameter_store.delete_prefix(shared.keys.shared)
+        shared.parameter_store.delete_prefix(shared.keys.prefix)
         self._publish({})
 
     def merge(self) -> list[str]:
@@ -232,8 +240,8 @@ class SharedTensorsWriter:
         Repeats what a client that died in it had not finished.
         """
         objects = self._shared.object_store
-        names = objects.list(keys.SHARED_UPDATES)
-        jobs = {name: _job_of(name) for name in names}
+        names = objects.list(self._shared.keys.updates)
+        jobs = {name: self._shared.keys.job_of(name) for name in names}
         fresh = [name for name in names if jobs[name] not in self._index.merged]
         updates = [unpack_updates(objects.get(name)) for name in fresh]
         if updates:
@@ -256,10 +264,10 @@ class SharedTensorsWriter:
         self._index = Index(number, places, [*old.merged, *jobs])
         content = pack(tensors, index=self._index.encode().decode())
         objects = self._shared.object_store
-        objects.put(keys.shared_tensors(number), content)
+        objects.put(self._shared.keys.values(number), content)
         self._publish(tensors)
         gone = set(old.places.values()) - set(places.values())
-        objects.delete([keys.shared_tensors(each) for each in sorted(gone)])
+        objects.delete([self._shared.keys.values(each) for each in sorted(gone)])
 
     def _publish(self, tensors: Mapping[str, SharedTensor]) -> None:
         """Puts changed tensors into the parameter store, and takes others out to make room."""
@@ -271,10 +279,10 @@ class SharedTensorsWriter:
         while room < 0:
             name, size = self._hot.popitem(last=False)
             room += size
-            cold.append(of.shared_tensor(name))
-        items = {of.shared_tensor(n): pack({n: t}) for n, t in tensors.items() if n in self._hot}
+            cold.append(of.hot(name))
+        items = {of.hot(n): pack({n: t}) for n, t in tensors.items() if n in self._hot}
         store = self._shared.parameter_store
-        store.put({**items, of.shared_index: self._index.encode()}, ttl_s=TTL_S)
+        store.put({**items, of.index: self._index.encode()}, ttl_s=TTL_S)
         store.delete(cold)
 
 
@@ -294,15 +302,11 @@ def unpack(content: bytes) -> dict[str, SharedTensor]:
 def unpack_updates(content: bytes) -> dict[str, TensorUpdate]:
     """What :meth:`SharedTensors.push` was given."""
     arrays = load(content)
-    about: dict[str, Any] = json.loads(read_meta(content)["updates"])
+    versions: dict[str, int] = json.loads(read_meta(content)["versions"])
     return {
-        name: TensorUpdate(arrays[f"before/{name}"], arrays[f"after/{name}"], version, average)
-        for name, (version, average) in about.items()
+        name: TensorUpdate(arrays[f"before/{name}"], arrays[f"after/{name}"], version)
+        for name, version in versions.items()
     }
-
-
-def _job_of(key: str) -> str:
-    return key.removeprefix(keys.SHARED_UPDATES).removesuffix(".safetensors")
 
 
 def _leading(shape: Sequence[int]) -> tuple[Any, ...]:

@@ -17,7 +17,10 @@ def generation_keys(of):
 def test_no_two_keys_are_equal():
     fleet = keys.FleetKeys("f")
     every = [fleet.events]
-    for job in ("j", "j1"):
+    for search in ("j", "j1"):
+        of = fleet.shared(search)
+        every += [of.index, of.hot("index"), of.hot("x"), of.update("j"), of.values(1)]
+    for job in ("j", "j1", "shared"):
         for generation in (0, 1, 11):
             every += generation_keys(fleet.generation(job, generation))
     assert len(every) == len(set(every))
@@ -51,3 +54,12 @@ def test_names_in_the_object_store():
     assert key.startswith(keys.checkpoints("j"))
     assert keys.checkpoint_crc(key) == keys.checkpoint_crc(keys.checkpoint("k", "e1", b"content"))
     assert keys.checkpoint_crc(key) != keys.checkpoint_crc(keys.checkpoint("j", "e0", b"other"))
+
+
+def test_names_of_shared_tensors():
+    of = keys.FleetKeys("f").shared("s")
+    assert of.index.startswith(of.prefix)
+    assert of.hot("a.b").startswith(of.prefix)
+    assert of.job_of(of.update("s-1")) == "s-1"
+    assert of.values(9) < of.values(10)
+    assert not keys.FleetKeys("f").generation("shared", 0).prefix.startswith(of.prefix)

@@ -23,8 +23,8 @@ def array(*values):
     return np.array(values, np.float32)
 
 
-def update(before, after, version=0, *, average=False):
-    return TensorUpdate(np.float32(before), np.float32(after), version, average)
+def update(before, after, version=0):
+    return TensorUpdate(np.float32(before), np.float32(after), version)
 
 
 class Fleet:
@@ -32,11 +32,12 @@ class Fleet:
 
     def __init__(self, url, folder):
         self.name = uuid.uuid4().hex
+        self.keys = keys.FleetKeys(self.name).shared("search")
         self.parameters = RedisStore(url)
         self.objects = DirectoryStore(folder)
 
     def job(self, name=""):
-        return SharedTensors(self.name, self.parameters, self.objects, name)
+        return SharedTensors(self.name, "search", self.parameters, self.objects, name)
 
     def writer(self, **options):
         return SharedTensorsWriter(self.job(), **options)
@@ -56,7 +57,7 @@ class Fleet:
 def fleet(valkey, tmp_path):
     made = Fleet(valkey.unix_url, tmp_path)
     yield made
-    made.parameters.delete_prefix(keys.FleetKeys(made.name).prefix)
+    made.parameters.delete_prefix(made.keys.prefix)
     made.parameters.close()
 
 
@@ -67,9 +68,6 @@ def fleet(valkey, tmp_path):
         pytest.param((array(5, 5), 1), update([5, 5], [6, 7], 1), array(6, 7), id="fresh: whole"),
         pytest.param(
             (array(5, 5), 3), update([1, 1], [2, 3], 1), array(5 + 1 / 3, 5 + 2 / 3), id="stale"
-        ),
-        pytest.param(
-            (array(8.0), 2), update([1], [2], 1, average=True), array(5), id="averages move to it"
         ),
         pytest.param((array(5, 5), 1), update([5], [7], 1), array(7, 5), id="narrower"),
         pytest.param((array(5), 1), update([5, 1], [7, 2], 1), array(7, 2), id="wider: grows"),
@@ -89,13 +87,6 @@ def test_how_an_update_is_merged(known, new, expected):
     tensor = merged(known and SharedTensor(np.asarray(known[0]), known[1]), new)
     np.testing.assert_allclose(tensor.value, expected, rtol=1e-6)
     assert tensor.version == (known[1] if known else 0) + 1
-
-
-def test_an_average_of_positive_values_stays_positive_whatever_comes_late():
-    variance = SharedTensor(array(1), 1)
-    for _ in range(20):
-        variance = merged(variance, update([1], [0.01], 1, average=True))
-        assert variance.value[0] > 0
 
 
 def test_what_one_job_pushes_the_next_one_reads(fleet):
@@ -134,7 +125,7 @@ def test_an_update_counts_once_whoever_repeats_it_and_whenever(fleet):
     assert writer.merge() == []
     assert fleet.writer().merge() == []
     assert list(fleet.job().read(["x"])["x"].value) == [1]
-    assert fleet.objects.list(keys.SHARED_UPDATES) == []
+    assert fleet.objects.list(fleet.keys.updates) == []
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["hot values stay", "hot values are lost"])
@@ -148,7 +139,7 @@ def test_a_client_that_dies_while_it_merges_leaves_nothing_half_done(fleet, lost
         with pytest.raises(ZeroDivisionError):  # b's values lie in the object store only
             writer.merge()
     if lost:
-        fleet.parameters.delete_prefix(keys.FleetKeys(fleet.name).prefix)
+        fleet.parameters.delete_prefix(fleet.keys.prefix)
         assert fleet.job().read(["x"])["x"].value[0] == 2
     assert fleet.writer().merge() == []
     assert fleet.job().read(["x"])["x"] == SharedTensor(pytest.approx([2, 2]), 2)
@@ -159,8 +150,7 @@ def test_what_was_changed_least_recently_leaves_the_parameter_store_not_the_flee
     for job, names in [("a", ["x", "y"]), ("b", ["z"]), ("c", ["y"])]:
         fleet.train(job, 1.0, names)
         writer.merge()
-    of = keys.FleetKeys(fleet.name)
-    present = fleet.parameters.get([of.shared_tensor(name) for name in "xyz"])
+    present = fleet.parameters.get([fleet.keys.hot(name) for name in "xyz"])
     assert [content is not None for content in present] == [False, True, True]
     found = fleet.job().read(["x", "y", "z"])
     assert [found[name].value[0] for name in "xyz"] == [1, 2, 1]
@@ -171,7 +161,7 @@ def test_objects_whose_values_were_all_replaced_are_deleted(fleet):
     for job, names in [("a", ["x", "y"]), ("b", ["x"]), ("c", ["x"])]:
         fleet.train(job, 1.0, names)
         writer.merge()
-    assert len(fleet.objects.list(keys.SHARED_TENSORS)) == 2  # of y and of x
+    assert len(fleet.objects.list(fleet.keys.tensors)) == 2  # of y and of x
 
 
 def test_a_reader_looks_again_if_a_merge_takes_objects_away(fleet, monkeypatch):
@@ -195,7 +185,7 @@ def test_a_reader_gives_up_if_objects_that_should_exist_never_do(fleet, monkeypa
     monkeypatch.setattr(shared, "ATTEMPTS", 2)
     fleet.train("a", 1.0, ["x"])
     fleet.writer(hot_bytes=0).merge()
-    fleet.objects.delete(fleet.objects.list(keys.SHARED_TENSORS))
+    fleet.objects.delete(fleet.objects.list(fleet.keys.tensors))
     with pytest.raises(StoreUnavailable, match="more than one client"):
         fleet.job().read(["x"])
 

@@ -15,6 +15,7 @@ the present parameters, when its reward arrives.
 loss = -(R(a) - b) ln pi(a) - entropy_weight H
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,11 +80,7 @@ class Controller:
             sample: The architecture; labels that are not among the choices are ignored.
             reward: How good it is; more is better.
         """
-
-        def repeat(choice: Choice) -> list[Decide]:
-            return [lambda _, i=i: i for i in choice.decisions(sample[choice.label])]  # type: ignore[misc]
-
-        _, logs, entropies = self._walk(repeat)
+        logs, entropies = self._evaluate(sample)
         self._baseline = reward if self._baseline is None else self._baseline
         advantage = reward - self._baseline
         self._baseline += (1 - self._baseline_decay) * advantage
@@ -93,14 +90,20 @@ class Controller:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
+    @torch.no_grad()
+    def log_probabilities(self, sample: Mapping[str, Any]) -> list[float]:
+        """Logarithm of the probability of each decision of an architecture."""
+        return [float(log) for log in self._evaluate(sample)[0]]
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that sampling and learning depend on."""
-        return {
+        """A copy of everything that sampling and learning depend on."""
+        state = {
             "network": self._network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "baseline": self._baseline,
             "random": self._random.get_state(),
         }
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what :meth:`state_dict` gave."""
@@ -108,6 +111,13 @@ class Controller:
         self._optimizer.load_state_dict(state["optimizer"])
         self._baseline = state["baseline"]
         self._random.set_state(state["random"])
+
+    def _evaluate(self, sample: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        def repeat(choice: Choice) -> list[Decide]:
+            return [lambda _, i=i: i for i in choice.decisions(sample[choice.label])]  # type: ignore[misc]
+
+        _, logs, entropies = self._walk(repeat)
+        return logs, entropies
 
     def _walk(
         self, deciders: Callable[[Choice], Sequence[Decide]]

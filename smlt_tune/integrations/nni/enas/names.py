@@ -1,9 +1,9 @@
-"""What the tensors of a candidate are called in the model space that it comes from.
+"""What the parameters of a candidate are called in the model space that it comes from.
 
 The candidate and a copy of the whole space, which has no content, are walked together. Wherever the
 space has a choice of layers, the walk goes on in the one that the candidate has; so the name of
-each tensor is the one that ``named_parameters()`` of the space gives it, and two candidates have a
-name in common exactly if they have that layer in common.
+each parameter is the one that ``named_parameters()`` of the space gives it, and two candidates have
+a name in common exactly if they have that layer in common.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ def model_space(candidate: Any) -> nn.Module:
 
 
 def supernet_names(model: nn.Module, space: nn.Module, sample: Mapping[str, Any]) -> dict[str, str]:
-    """By name in the candidate, the name of every parameter and buffer in the space.
+    """By name in the candidate, the name of every parameter in the space.
 
     Args:
         model: The candidate.
@@ -45,14 +45,12 @@ def supernet_names(model: nn.Module, space: nn.Module, sample: Mapping[str, Any]
         sample: What was chosen, by label.
 
     Returns:
-        Tensors that only the candidate has are left out.
+        Parameters that only the candidate has are left out.
     """
     names = {}
     for here, there, module, twin in _walk("", "", model, space, sample):
-        tensors = {**module._parameters, **module._buffers}
-        known = {**twin._parameters, **twin._buffers}
-        for name, tensor in tensors.items():
-            if tensor is not None and known.get(name) is not None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and twin._parameters.get(name) is not None:
                 names[here + name] = there + name
     return names
 

@@ -28,9 +28,10 @@ class SharedWeights(nn.Module):
             weights.push()                              # others inherit
 
     Prepare it together with the model: it remembers what the model began with, which is part of the
-    job's state. Floating-point parameters and buffers are shared, as float32; of a layer that is
-    larger in other candidates its leading part. Not shared are tensors that the space as it is
-    built without choices lacks. Outside of a fleet, a model neither inherits nor passes on.
+    job's state. Parameters are shared, as float32; of a layer that is larger in other candidates
+    its leading part. Buffers are not: running statistics are those of one architecture, and spoil
+    others. Parameters that the space lacks when it is built without choices are not shared either.
+    Outside of a fleet, a model neither inherits nor passes on.
 
     Args:
         model: What the evaluator's function was given.
@@ -52,28 +53,25 @@ class SharedWeights(nn.Module):
             space = model_space(candidate)
         names = supernet_names(model, space, candidate.sample)
         # Not a submodule: the model is prepared, and saved, by itself.
-        self._tensors = {
-            names[name]: tensor
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if name in names and tensor.is_floating_point()
+        self._parameters_of = {
+            names[name]: tensor for name, tensor in model.named_parameters() if name in names
         }
-        self._averages = {names[name] for name, _ in model.named_buffers() if name in names}
         self._shared = SharedTensors.of(smlt.session())
-        found = self._shared.read(list(self._tensors)) if self._shared else {}
+        found = self._shared.read(list(self._parameters_of)) if self._shared else {}
         self._inherit(found)
         # Frozen parameters, not buffers: they never change, so workers need not keep copies.
         self.before = nn.ParameterList(
             nn.Parameter(tensor.detach().clone(), requires_grad=False)
-            for tensor in self._tensors.values()
+            for tensor in self._parameters_of.values()
         )
-        versions = [found[name].version if name in found else 0 for name in self._tensors]
+        versions = [found[name].version if name in found else 0 for name in self._parameters_of]
         self.versions: torch.Tensor
         self.register_buffer("versions", torch.tensor(versions, dtype=torch.int64))
 
     @property
     def names(self) -> list[str]:
         """What is shared, by its names in the space."""
-        return list(self._tensors)
+        return list(self._parameters_of)
 
     def push(self) -> bool:
         """Passes on what the model has learnt. Call it on every worker, once training is over.
@@ -87,13 +85,12 @@ class SharedWeights(nn.Module):
         if self._shared is None or session.rank != 0:
             return False
         updates = {}
-        for number, (name, tensor) in enumerate(self._tensors.items()):
+        for number, (name, tensor) in enumerate(self._parameters_of.items()):
             if not torch.isfinite(tensor).all():
                 _LOG.warning("%s is not finite: the candidate's weights are not passed on", name)
                 return False
             before, version = self.before[number], int(self.versions[number])
-            average = name in self._averages
-            updates[name] = TensorUpdate(_array(before), _array(tensor), version, average)
+            updates[name] = TensorUpdate(_array(before), _array(tensor), version)
         return self._shared.push(updates)
 
     @torch.no_grad()
@@ -101,13 +98,13 @@ class SharedWeights(nn.Module):
         mistakes = [
             f"{name} has {tensor.dim()} dimensions here and {found[name].value.ndim} in other "
             "candidates: what a choice changes so much needs a LayerChoice"
-            for name, tensor in self._tensors.items()
+            for name, tensor in self._parameters_of.items()
             if name in found and found[name].value.ndim != tensor.dim()
         ]
         if mistakes:
             raise UsageError("\n".join(mistakes))
         for name, shared in found.items():
-            tensor = self._tensors[name]
+            tensor = self._parameters_of[name]
             value = torch.from_numpy(shared.value).to(tensor.dtype)
             sizes = zip(value.shape, tensor.shape, strict=True)
             both: Any = (*(slice(min(pair)) for pair in sizes), ...)

@@ -14,6 +14,7 @@ from nni.nas.strategy import Strategy
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.nni.enas.choices import choices_of
 from smlt_tune.integrations.nni.enas.controller import Controller
+from smlt_tune.integrations.nni.engine import SmltExecutionEngine
 from smlt_tune.runtime.shared import HOT_BYTES, SharedTensors, SharedTensorsWriter
 
 #: After so many samples in a row that break a constraint of the space, the search ends.
@@ -135,8 +136,8 @@ class SmltEnas(Strategy):  # type: ignore[misc]
 
 
 def _shared(engine: ExecutionEngine) -> SharedTensors:
-    """The shared tensors of the fleet below an engine and its middlewares."""
-    while not hasattr(engine, "fleet"):
+    """The shared tensors of the search that an engine, below its middlewares, runs."""
+    while not isinstance(engine, SmltExecutionEngine):
         if not hasattr(engine, "engine"):
             raise InvalidInput(
                 "SmltEnas shares weights through the stores of a fleet: run it with "
@@ -144,4 +145,4 @@ def _shared(engine: ExecutionEngine) -> SharedTensors:
             )
         engine = engine.engine
     fleet = engine.fleet
-    return SharedTensors(fleet.name, fleet._store, fleet._objects)
+    return SharedTensors(fleet.name, engine._prefix, fleet._store, fleet._objects)
