@@ -592,7 +592,7 @@ class Fleet:
             elif event.kind == "workload":
                 self._states[event.job].workload = workload_from_json(event.body)
             elif event.kind == "report":
-                self._states[event.job].reports.append(Report(**event.body))
+                self._states[event.job].add_report(Report(**event.body))
             elif event.kind in ("paused", "resumed"):
                 self._states[event.job].paused = event.kind == "paused"
             elif event.kind == "ended":

@@ -231,9 +231,10 @@ class JobState:
         self.status = body["status"]
 
     def add_report(self, report: Report) -> None:
-        """Adds a report and wakes up whoever waits for it."""
+        """Adds a report, or replaces one, and wakes up whoever waits for it."""
         with self.changed:
-            self.reports.append(report)
+            place = report.index - self.spec.first_report
+            self.reports[place : place + 1] = [report]
             self.changed.notify_all()
 
     def update(self, **values: Any) -> None:

@@ -442,7 +442,7 @@ class TaskScheduler:
     # --- events in detail -----------------------------------------------------------------------
 
     def _reported(self, job: Record, event: wire.Reported) -> None:
-        if event.index != job.state.spec.first_report + len(job.state.reports):
+        if not _is_news(job, event):
             return
         of = next((a for a in job.state.allocations if a.generation == event.generation), None)
         if of is None:
@@ -1142,6 +1142,20 @@ class TaskScheduler:
                 moved = (3 * at.workers - 2) * other.workload.features.gradient_bytes
                 load[at.store] = load.get(at.store, 0.0) + moved / other.iteration_s
         return load
+
+
+def _is_news(job: Record, event: wire.Reported) -> bool:
+    """Whether it is the next report, or in lockstep one made again with another result.
+
+    The latter comes from a program that keeps files, and went back to some that are older. The
+    newer result belongs to what comes after it.
+    """
+    spec, known = job.state.spec, job.state.reports
+    place = event.index - spec.first_report
+    if not spec.lockstep or not 0 <= place < len(known):
+        return place == len(known)
+    before = known[place]
+    return event.generation > before.generation and event.metrics != before.metrics
 
 
 def _describe(call: Call, result: InvocationResult) -> str:

@@ -54,15 +54,24 @@ class Reports:
             if not self._lockstep:
                 self.tell()
 
+    def add_next(self, metrics: dict[str, Any]) -> None:
+        """The same, by a program that begins anew after a restart; the caller tells it."""
+        self.made[f"report {len(self)}"] = metrics
+
     @property
     def untold(self) -> bool:
         """Whether the client has yet to be told of one that it has to consume."""
         return self._lockstep and self._rank == 0 and self._told < len(self)
 
     @property
+    def unconsumed(self) -> bool:
+        """Whether the client has yet to consume one before the job may go on."""
+        return self._lockstep and self.consumed < len(self)
+
+    @property
     def waits(self) -> bool:
         """Whether there is something to tell or to wait for."""
-        return self.untold or (self._lockstep and self.consumed < len(self))
+        return self.untold or self.unconsumed
 
     def tell(self, checkpoint: str | None = None) -> None:
         """Tells the scheduler what it was not told yet, and leaves it to who may follow."""
@@ -88,7 +97,7 @@ class Reports:
         """
         mine = dict(list(self.made.items())[: self._at_boundary])
         if self._rank == 0 or self._membership is None:
-            return mine, 0
+            return mine, max(0, len(mine) - self._told)
         told = self._membership.kept_reports() or {}
         untold = {place: metrics for place, metrics in mine.items() if place not in told}
         return {**told, **untold}, len(untold)
@@ -108,10 +117,9 @@ class Reports:
         self._at_boundary = self._told = len(made)
         if fork:
             self.consumed = len(made)
-        elif self._lockstep and self._membership is not None:
+            return
+        self._told -= untold
+        if self._lockstep and self._membership is not None:
             self.consumed = self._membership.consumed()
-            self._told = min(self.consumed, len(made))
-            self.tell(key)
-        else:
-            self._told -= untold
-            self.tell()
+            self._told = min(self.consumed, self._told)
+        self.tell(key if self._lockstep else None)

@@ -27,7 +27,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -43,6 +44,7 @@ from smlt_tune.runtime.data import (
     minibatch_buffer,
 )
 from smlt_tune.runtime.frameworks.base import Framework, read_meta
+from smlt_tune.runtime.frameworks.files import FILES, pack, unpack
 from smlt_tune.runtime.handover import CannotGive, Leave, Membership
 from smlt_tune.runtime.pace import Pace
 from smlt_tune.runtime.position import NO_EPOCH, Position, entropy, part
@@ -120,7 +122,7 @@ class Session:
         self._datasets: dict[str, UploadedDataset] = {}
         # Where the program is.
         self._place = Position()
-        self._inside = False
+        self._inside = self._keeps_files = False
         self._within = ""
         self._counts: dict[str, int] = {}
         self._resume = Position()
@@ -136,6 +138,7 @@ class Session:
         # What has happened since the boundary.
         self._synced = self._stepped = self._dirty = self._shadowed = False
         self._calm = self._syncs = self._boundary_syncs = 0
+        # The checkpoint to hand over to from within a report.
         self._safe: str | None = None
         # How fast it goes, how far it has to go, and what it computes.
         self._pace, self._course = Pace(clock.monotonic()), Course()
@@ -198,6 +201,11 @@ class Session:
             raise UsageError(
                 "prepare() was called after training began; prepare everything before the first "
                 "epoch"
+            )
+        if self._keeps_files:
+            raise UsageError(
+                "the job keeps its state in files (report_files, restored_files): it cannot give "
+                "it to prepare() too"
             )
         if self._objects is None:
             self._objects = _framework()
@@ -314,8 +322,64 @@ class Session:
             raise InvalidInput("report() needs at least one metric: session.report(accuracy=0.9)")
         plain = _plain_metrics(metrics)
         self._begin()
+        if self._keeps_files:
+            self.report_files(plain, None)
+            return
         self._reports.add(self._next_place("report"), plain)
         self._settle()
+
+    def report_files(self, metrics: dict[str, Any], folder: str | Path | None) -> None:
+        """Reports, and hands over files as the state; for programs that do not use ``prepare``.
+
+        A report with a folder is a boundary: whoever follows finds these files, runs the training
+        function from the top, and goes on counting reports from there. Reports without one are made
+        again after a restart, with their old numbers. In lockstep both wait as ``report`` does.
+        With one worker only.
+
+        Args:
+            metrics: As for :meth:`report`, by name.
+            folder: All files below it are kept, as they are now; None keeps nothing.
+
+        Raises:
+            InvalidInput: A value is no metric, or the folder cannot be kept.
+            UsageError: The job has several workers, or has prepared objects.
+        """
+        if not metrics:
+            raise InvalidInput("report_files() needs at least one metric")
+        plain = _plain_metrics(metrics)
+        self._keep_files()
+        self._reports.add_next(plain)
+        if self._home is None:
+            return
+        if folder is not None:
+            self._save_files(folder)
+        self._reports.tell(self._safe if folder is not None else None)
+        self._sign_of_life(waiting=False)
+        if self._reports.unconsumed:
+            self._wait_for_client()
+        elif folder is not None and self._should_leave():
+            self._go()
+
+    def restored_files(self, into: str | Path) -> bool:
+        """Writes the files of the last report that had some below a folder.
+
+        A program that keeps its state in files calls it first. Nobody can tell then whether it
+        hangs, so it may work on in silence up to its time limit.
+
+        Args:
+            into: The folder; made if it does not exist.
+
+        Returns:
+            Whether there are any; False at the beginning of a job.
+
+        Raises:
+            UsageError: As for :meth:`report_files`.
+        """
+        self._keep_files()
+        if self._start is None:
+            return False
+        unpack(self._start[1], Path(into))
+        return True
 
     def mean(self, value: Any, count: Any = 1.0) -> Any:
         """Sum of the values over the sum of the counts, over all workers. Call it on every worker.
@@ -356,7 +420,7 @@ class Session:
         if self._home is None:
             return
         self._begin()
-        checkpoint = None
+        checkpoint = self._safe
         if self._objects:
             if not self._arrived:
                 raise UsageError(
@@ -675,6 +739,9 @@ class Session:
         if per_sample := json.loads(meta["per_sample"]):
             self._workload.per_sample = tuple(per_sample)
         self._safe = key
+        self._keeps_files = FILES in meta
+        if self._keeps_files:  # the program runs from the top, and nothing of it is skipped
+            self._resume, self._resume_trained, self._arrived = Position(), [], True
         reports, untold = dict(json.loads(meta["reports"])), int(meta["untold"])
         self._reports.restore(reports, untold, fork=self._forks, key=key)
 
@@ -759,7 +826,7 @@ class Session:
                 self._safe = self._save(kept=True, of_report=True)
                 self._pace.last_checkpoint_s = self._clock.monotonic()
             reports.tell(self._safe)
-        if reports.consumed < len(reports):
+        if reports.unconsumed:
             self._wait_for_client()
 
     def _at_boundary(self) -> bool:
@@ -774,13 +841,46 @@ class Session:
         consumed = self._membership.wait_until_consumed(count, may_leave, self._time_is_up)
         self._pace.held_up(self._clock.monotonic() - begun_s)
         self._reports.consumed = consumed
-        if consumed >= count:
-            return
+        if consumed < count:
+            self._go()
+
+    def _go(self) -> NoReturn:
+        """Hands over to the checkpoint that lies there already."""
         if self._workers > 1 and self._safe is not None:
             self._membership.go_first(self._safe)
         self._membership.tell(wire.HandedOver, checkpoint=self._safe)
         self._left = True
         raise Leave
+
+    # --- files of the program's own --------------------------------------------------------------
+
+    def _keep_files(self) -> None:
+        """From here on the state is what the program hands over in files."""
+        self._enter()
+        if self._home is None or (self._keeps_files and self._begun):
+            return
+        if self._objects is not None or (self._start is not None and not self._keeps_files):
+            raise UsageError(
+                "report_files() and restored_files() are for programs that keep their state in "
+                "files; the state of this job was given to prepare()"
+            )
+        if self._workers > 1:
+            raise UsageError(
+                f"report_files() and restored_files() work with one worker, and the job has "
+                f"{self._workers}: submit(..., workers=1)"
+            )
+        self._keeps_files = True
+        self._begin()
+        self._sign_of_life(waiting=False)
+
+    def _save_files(self, folder: str | Path) -> None:
+        begun_s = self._clock.monotonic()
+        self._pace.reached_boundary(begun_s)
+        self._boundary = Position(len(self._reports))
+        self._reports.reach_boundary()
+        self._safe = self._of_reports.save(self._boundary, pack(folder, self._meta()))
+        self._start = None
+        self._pace.saved(self._clock.monotonic() - begun_s)
 
     def _maybe_checkpoint(self) -> None:
         now = self._clock.monotonic()
@@ -798,8 +898,16 @@ class Session:
         if self._start and not self._arrived:
             return self._start[0]
         begun = self._clock.monotonic()
+        content = self._objects.save(self._meta(), kept=kept)
+        checkpoints = self._of_reports if of_report else self._checkpoints
+        key = checkpoints.save(self._boundary, content)
+        self._pace.saved(self._clock.monotonic() - begun)
+        return key
+
+    def _meta(self) -> dict[str, str]:
+        """What a checkpoint says of the boundary."""
         reports, untold = self._reports.to_save()
-        meta = {
+        return {
             "position": self._boundary.encode(),
             "trained": json.dumps(self._boundary_trained),
             "syncs": str(self._boundary_syncs),
@@ -807,11 +915,6 @@ class Session:
             "untold": str(untold),
             "per_sample": json.dumps(self._workload.per_sample),
         }
-        content = self._objects.save(meta, kept=kept)
-        checkpoints = self._of_reports if of_report else self._checkpoints
-        key = checkpoints.save(self._boundary, content)
-        self._pace.saved(self._clock.monotonic() - begun)
-        return key
 
     # --- signs of life --------------------------------------------------------------------------
 
@@ -846,14 +949,14 @@ class Session:
         chunk, iteration_s, sync_s = self._pace.take_chunk()
         self._membership.tell(
             wire.Progress,
-            position=self._place.encode(),
+            position=(self._boundary if self._keeps_files else self._place).encode(),
             iterations=self._pace.iterations,
             chunk=chunk,
             iteration_s=iteration_s,
             sync_s=sync_s,
             left=self._course.left(),
             other_share=self._pace.other_share(),
-            slowest_s=self._pace.slowest_s,
+            slowest_s=self._spec.timeout_s if self._keeps_files else self._pace.slowest_s,
             batch=self._batch_size,
             peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             waiting=waiting,

@@ -153,8 +153,28 @@ class World:
             self.profiles.append,
         )
 
-    def submit(self, name="a", workers=1, memory_mb=1024, number=0, *, workload=None, **bounds):
-        spec = JobSpec(name, "f", "c", 0, Bounds(workers, memory_mb, **bounds), workload=workload)
+    def submit(
+        self,
+        name="a",
+        workers=1,
+        memory_mb=1024,
+        number=0,
+        *,
+        workload=None,
+        lockstep=False,
+        first_report=0,
+        **bounds,
+    ):
+        spec = JobSpec(
+            name,
+            "f",
+            "c",
+            0,
+            Bounds(workers, memory_mb, **bounds),
+            workload=workload,
+            lockstep=lockstep,
+            first_report=first_report,
+        )
         state = self.states[name] = JobState(spec)
         self.scheduler.submit(state, next_number=number)
         return state

@@ -73,6 +73,10 @@ def quarrel(fleet, folder, seed):
             chance.choice(running).stop("chance")
         elif what < 0.4:
             chance.choice(running).resize(workers=chance.choice([1, 2, 3]))
+        elif what < 0.5:
+            chance.choice(running).pause()
+        elif what < 0.65:
+            chance.choice(running).resume()
     return running
 
 

@@ -1058,6 +1058,40 @@ def test_a_resumed_job_hears_what_was_said_in_between(world):
     assert world.start(generation=1) == key
 
 
+# --- lockstep -------------------------------------------------------------------------------------
+
+
+def test_every_generation_knows_what_was_consumed(world):
+    state = world.submit(lockstep=True)
+    assert world.key("consumed") == b"0"
+    world.train()
+    world.say(wire.Reported, "a", 0, 0, index=0, metrics={}, checkpoint="jobs/a/checkpoints/x")
+    assert state.reports[0].checkpoint == f"{world.objects.url}/jobs/a/checkpoints/x"
+    for count, known in [(1, b"1"), (0, b"1"), (1, b"1"), (3, b"3")]:
+        world.scheduler.acknowledge("a", count)
+        assert world.key("consumed") == known
+    world.scheduler.acknowledge("nobody", 1)
+    world.store.values.clear()
+    world.scheduler.store_lost()
+    world.end_all(ending="cancelled")
+    assert world.key("consumed", generation=1) == b"3"
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_in_lockstep_what_is_reported_again_takes_the_place_of_the_old(world, lockstep):
+    state = world.submit(lockstep=lockstep, first_report=4)
+    world.train()
+    for index, loss in [(3, 0), (5, 0), (4, 1), (5, 2), (5, 3), (4, 1)]:
+        world.say(wire.Reported, "a", 0, 0, index=index, metrics={"loss": loss})
+    assert [(r.index, r.metrics["loss"]) for r in state.reports] == [(4, 1), (5, 2)]
+    world.scheduler.store_lost()
+    world.end_all(ending="cancelled")
+    for generation, index, loss in [(1, 4, 1), (1, 5, 9), (0, 4, 7)]:
+        world.say(wire.Reported, "a", generation, 0, index=index, metrics={"loss": loss})
+    expected = [(4, 1, 0), (5, 9, 1)] if lockstep else [(4, 1, 0), (5, 2, 0)]
+    assert [(r.index, r.metrics["loss"], r.generation) for r in state.reports] == expected
+
+
 # --- anything in any order ------------------------------------------------------------------------
 
 

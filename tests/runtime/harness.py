@@ -101,6 +101,8 @@ class Job:
         said = {self.names.open: b"1", self.names.start: wire.Start(start).encode()}
         if leave:
             said[self.names.leave] = b"1"
+        if changes.get("lockstep"):  # with a client that consumes everything at once
+            said[self.names.consumed] = b"1000000"
         self.store.put(said, ttl_s=600)
         self.works = [
             Work(self, function, self.spec(r, workers, **changes)) for r in range(workers)
@@ -136,14 +138,15 @@ class Job:
                 raise work.error
         return self.works
 
-    def run_with_leaves(self, function, workers, *, most=300):
+    def run_with_leaves(self, function, workers, *, most=300, **changes):
         """Hands over after every training iteration until the job is done.
 
         ``workers`` is a function of the generation. Returns the last generation's values.
         """
         checkpoint = None
         for generation in range(most):
-            works = self.run(function, workers(generation), start=checkpoint, leave=True)
+            n = workers(generation)
+            works = self.run(function, n, start=checkpoint, leave=True, **changes)
             how = {work.how for work in works}
             assert len(how) == 1, how
             if how == {"finished"}:

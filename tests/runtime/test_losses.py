@@ -66,14 +66,14 @@ def make_job(valkey, tmp_path):
         job.close()
 
 
-def survive(job, program, workers, deaths, *, leave=False):
+def survive(job, program, workers, deaths, *, leave=False, lockstep=False):
     """Plays the scheduler; ``deaths`` gives when the next worker to be started dies, or None.
 
     Returns the values of the workers that have finished and how often the job was rolled back.
     """
 
     def begin(start):
-        for work in job.begin(program, workers, start=start, leave=leave):
+        for work in job.begin(program, workers, start=start, leave=leave, lockstep=lockstep):
             work.dies_at = deaths()
 
     def fence(patience_s=0.0):
@@ -123,11 +123,12 @@ every_program = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRA
 
 
 @every_program
-@pytest.mark.parametrize("seed", [1, 2])
-def test_nobody_notices_that_workers_vanish(make_job, program, seed):
+@pytest.mark.parametrize(("seed", "lockstep"), [(1, False), (2, False), (3, True)])
+def test_nobody_notices_that_workers_vanish(make_job, program, seed, lockstep):
     undisturbed, job = make_job(), make_job()
     expected = undisturbed.run(program, 2)[0].value
-    values, _ = survive(job, program, 2, some_deaths(f"{program.__name__}{seed}", 6))
+    deaths = some_deaths(f"{program.__name__}{seed}", 6)
+    values, _ = survive(job, program, 2, deaths, lockstep=lockstep)
     assert values
     assert all(value == expected for value in values)
     assert job.reports() == undisturbed.reports()

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from smlt_tune.runtime import wire
+from smlt_tune.runtime.checkpoint import KEEP_OF_REPORTS
 from smlt_tune.runtime.session import Session
 from tests.runtime.harness import Job
 from tests.runtime.programs import PROGRAMS
@@ -48,6 +50,22 @@ def test_one_worker_that_leaves_after_every_iteration(job, program):
     assert value == expected
     assert job.reports() == reports
     assert generations > 2
+
+
+@every_program
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_in_lockstep_names_a_checkpoint_with_every_report(job, other, program, workers):
+    """Whoever begins there goes on as if nothing had happened."""
+    [expected, *_] = [work.value for work in other.run(program, workers)]
+    assert job.run(program, workers, lockstep=True)[0].value == expected
+    assert job.reports() == other.reports()
+    told = job.events(wire.Reported)
+    assert all(event.checkpoint for event in told)
+    kept = [event for event in told[-KEEP_OF_REPORTS:]]
+    for event in {event.checkpoint: event for event in kept}.values():
+        start = event.checkpoint
+        [value, *_] = [w.value for w in job.run(program, workers, start=start, lockstep=True)]
+        assert value == expected
 
 
 @every_program
