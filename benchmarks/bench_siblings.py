@@ -22,7 +22,7 @@ The resource manager chooses anything from 1 to 8 workers of 512 to 1,769 MB, no
 the grid: it may be better than the best of the grid. See real_jobs.py for the machine and its
 bills.
 
-    python benchmarks/bench_siblings.py             # about 18 minutes; the machine must be quiet
+    python benchmarks/bench_siblings.py             # about half an hour; the machine must be quiet
     python benchmarks/bench_siblings.py --resume    # goes on after the last whole sibling
     python benchmarks/bench_siblings.py --quick     # three siblings, about a minute: does it work?
 """
@@ -45,23 +45,23 @@ from smlt_tune.backend.resource_manager.observations import Allocation, Profile
 from smlt_tune.backend.resource_manager.policy import JobFacts
 from smlt_tune.errors import OutOfMemory, SmltError
 
-#: Model, batch size, epochs; growing. The epochs make a job of some 15 s at its fastest allocation.
+#: Model, batch size, epochs; growing. The epochs make a job of some 20 s at its fastest allocation.
 SIBLINGS = (
-    (Model((8, 16), 64), 192, 30),
-    (Model((), 80), 768, 120),
-    (Model((), 110), 768, 100),
-    (Model((12, 24), 120), 192, 22),
-    (Model((16, 32), 140), 192, 18),
-    (Model((), 280), 768, 65),
-    (Model((), 380), 768, 50),
-    (Model((24, 48), 240), 192, 10),
-    (Model((24, 48), 320), 192, 10),
-    (Model((), 600), 768, 32),
-    (Model((), 800), 768, 22),
-    (Model((32, 64), 600), 192, 8),
+    (Model((8, 16), 64), 192, 42),
+    (Model((), 80), 768, 168),
+    (Model((), 110), 768, 140),
+    (Model((12, 24), 120), 192, 31),
+    (Model((16, 32), 140), 192, 25),
+    (Model((), 280), 768, 91),
+    (Model((), 380), 768, 70),
+    (Model((24, 48), 240), 192, 14),
+    (Model((24, 48), 320), 192, 14),
+    (Model((), 600), 768, 45),
+    (Model((), 800), 768, 31),
+    (Model((32, 64), 600), 192, 11),
 )
 QUICK_SIBLINGS = (0, 1, 2)
-WORKERS, MEMORY_MB = (1, 2, 4, 6, 8), (512, 1024, LARGEST_MB)
+WORKERS, MEMORY_MB = (1, 2, 3, 4, 6, 8), (1024, LARGEST_MB)
 QUICK_WORKERS, QUICK_MEMORY_MB = (1, 4), (1024, LARGEST_MB)
 #: Iterations of a cell of the grid: so many seconds of them, but not fewer than these.
 CELL_S, CELL_ITERATIONS = 1.2, 4

@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from allocation.truth import LIMITS, MAX_MB, MAX_WORKERS, PRICES, Case
 
+from smlt_tune.backend.adaptation import (
+    MEASURED_ITERATIONS,
+    MEASURED_LEAST_S,
+    MEASURED_S,
+    MILESTONES,
+)
 from smlt_tune.backend.resource_manager.manager import ResourceManager
 from smlt_tune.backend.resource_manager.observations import Allocation, Profile
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts
 
-#: As in ``smlt_tune.backend.adaptation``: a generation is looked at once so many iterations or
-#: seconds are measured, and the job at these parts of its iterations.
-MEASURED_ITERATIONS, MEASURED_LEAST_S, MEASURED_S = 5, 1.0, 2.0
-LOOKS = (0.15, 0.35, 0.60)
 #: Iterations of a profiling run: those that are measured, and one before them to warm up.
 PROFILED = 5
 
@@ -136,7 +138,7 @@ class LiveJob:
     def _next_look(self, allocation, done, here):
         """At how many iterations the job is looked at again, ``here`` of them where it is."""
         total = self.candidate.iterations
-        looks = [look for part in LOOKS if (look := math.ceil(part * total)) > done]
+        looks = [look for part in MILESTONES if (look := math.ceil(part * total)) > done]
         if not here:
             iteration_s = float(self.candidate.iteration_s(**_where(allocation)))
             enough = max(MEASURED_ITERATIONS, math.ceil(MEASURED_LEAST_S / iteration_s))

@@ -7,7 +7,7 @@ occasions to look at the job's allocation again:
 |---|---|
 | ``workload`` | the model or the batch size is another one, at once |
 | ``measured`` | the first iterations of a generation have been measured |
-| ``progress`` | at 15, 35 and 60 % of the job |
+| ``progress`` | at every tenth of the job: what was spared so far may be used now |
 | ``drift`` | iterations take another time than the last decision was based on |
 | ``share`` | the job may take more functions, or is asked to give some back; a few jobs at a time |
 | ``time limit`` | the functions have to be started anew anyway |
@@ -50,13 +50,13 @@ _T = TypeVar("_T")
 REVIEW_PAUSE_S = 0.25
 #: A generation is looked at after so many iterations, if they took so long, in seconds (the first
 #: ones after a start are slower than the rest), ...
-MEASURED_ITERATIONS, MEASURED_LEAST_S = 5, 1.0
+MEASURED_ITERATIONS, MEASURED_LEAST_S = 3, 1.0
 #: ... or after fewer that took so long, in seconds.
 MEASURED_S = 2.0
 #: Features that are off by no more than this share are those of the same model.
 ALIKE = 0.1
 #: Shares of a job after which it is looked at again.
-MILESTONES = (0.15, 0.35, 0.6)
+MILESTONES = tuple(tenth / 10 for tenth in range(1, 10))
 #: When functions have become free or are waited for, so many jobs are looked at, ...
 SHARE_JOBS = 4
 #: ... and not more often than this, in seconds.

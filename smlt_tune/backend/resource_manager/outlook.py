@@ -36,12 +36,9 @@ Array = NDArray[np.float64]
 
 #: Standard deviations by which the goal's limit has to be kept; fewer if no allocation does that.
 LIMIT_Z = (0.5, 0.25, 0.0)
-#: Where the standard deviation of ln t is larger than this, more of them in proportion: a job that
+#: Where the standard deviation of ln t is larger than this, more of them, by the square: a job that
 #: begins far too slowly cannot make up for it.
 UNSURE_SD = 0.35
-#: A job that runs moves only to where it uses no more than this share of what is left of the limit:
-#: what is chosen to just keep the limit would soon be at risk again.
-MOVE_SHARE = 0.97
 #: The limit is at risk where a job is expected to use more than this share of what is left of it.
 RISK_SHARE = 0.99
 #: A goal is refused if even that many standard deviations of luck would not do.
@@ -306,7 +303,7 @@ class Outlook:
             reserve = usd_per_s * (terms.start_s + terms.hold_up_s)
         if self._current is None:
             return limit - reserve
-        return np.where(self._others, MOVE_SHARE * limit - reserve, limit)
+        return np.where(self._others, limit - reserve, limit)
 
     def _limited(self, z: float | Array) -> Array:
         """What the goal limits, z standard deviations of ln t from the middle."""
@@ -336,7 +333,7 @@ class Outlook:
         limits = self._limits()
         if limits is None:
             return np.ones(len(self.workers), dtype=bool)
-        return np.asarray(self._limited(z * np.maximum(1.0, self._sd / UNSURE_SD)) <= limits)
+        return np.asarray(self._limited(z * np.maximum(1.0, self._sd / UNSURE_SD) ** 2) <= limits)
 
     def best(self) -> int:
         """The posterior optimum under both chance constraints, or what comes nearest to them."""
