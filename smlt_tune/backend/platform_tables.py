@@ -35,7 +35,7 @@ from smlt_tune.errors import InvalidInput, StorageFull
 
 _SCHEMA = 1
 #: Shipped tables by the name of the platform.
-_SHIPPED = {"local": "local", "inline": "inline", "aws": "aws-lambda"}
+_SHIPPED = {"local": "local", "inline": "inline", "ray": "ray", "aws": "aws-lambda"}
 _GENERIC = "generic"
 _LARGEST = 1e18
 #: Slopes of d ln c / d ln m that differ by less are one.

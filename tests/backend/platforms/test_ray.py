@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -265,6 +266,12 @@ class TestNodes:
     def test_all_nodes_are_this_machine(self, make):
         assert not make().elsewhere
 
+    def test_a_process_that_has_left_the_cluster_is_not_given_a_new_one(self, make, monkeypatch):
+        platform = make()
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        with pytest.raises(PlatformError, match="has left the Ray cluster"):
+            call(platform, "nothing")
+
     def test_says_that_ray_is_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(PlatformError, match=r"Ray cannot be imported .*: pip install"):
@@ -352,7 +359,7 @@ class TestOptions:
 
 def test_a_payload_appears_in_no_log_of_ray_and_in_no_command_line(make, ray_cluster, tmp_path):
     platform = make()
-    secret = "a-secret-that-nobody-may-read"
+    secret = secrets.token_hex(16)
     path = tmp_path / "ids"
     running = call(platform, "wait", path=str(path), secret=secret)
     result = call(platform, "fail", message="no luck", secret=secret).result()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("ray")
 
 import smlt_tune as smlt
 from smlt_tune.backend.platforms.base import Bill
+from smlt_tune.backend.platforms.local import linux
 from smlt_tune.backend.platforms.ray_cluster import RayPlatform
 from smlt_tune.backend.prices import load_prices
 from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
@@ -193,3 +195,30 @@ def test_a_job_on_two_nodes_survives_the_loss_of_one(ray_cluster, redis62, tmp_p
 def raylet(pid):
     """The node of a function: its actor's parent."""
     return parent(actor(pid))
+
+
+_OF_ITS_OWN = """
+import os
+import ray
+import smlt_tune as smlt
+with smlt.Fleet(platform="ray") as fleet:
+    print(fleet.submit(lambda config: config + 1, 41, workers=1, memory_mb=512).result(100).value)
+print(ray.is_initialized())
+"""
+
+
+def test_a_fleet_starts_a_cluster_of_its_own_and_ends_it():
+    # NOTE: not under tmp_path: the path of a Unix socket must stay below 108 bytes.
+    with tempfile.TemporaryDirectory(prefix="smlt-ray-") as folder:
+        said = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _OF_ITS_OWN],
+            cwd=Path(__file__).parents[3],
+            env={**os.environ, "RAY_TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=150,
+            check=True,
+            text=True,
+        ).stdout
+        assert said.split() == ["42", "False"]
+        assert eventually(lambda: not linux.marked(folder))

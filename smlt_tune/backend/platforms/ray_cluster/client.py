@@ -206,7 +206,9 @@ class RayPlatform:
             if invocation.log_path is not None:
                 log = undo.enter_context(invocation.log_path.open("ab", buffering=0))
             try:
+                self._cluster.check_connected()
                 actor = self._instances.take(invocation.memory_mb)
+                undo.callback(self._instances.drop, actor)
                 stream = actor.run(invocation)
             except self._cluster.ray.exceptions.RayError as error:
                 raise PlatformError(f"Ray cannot run a function: {last_line(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import smlt_tune
@@ -58,6 +59,11 @@ class Cluster:
             self.close()
             raise
 
+    def check_connected(self) -> None:
+        """Raises PlatformError if somebody has called ``ray.shutdown``: Ray would start anew."""
+        if not self.ray.is_initialized():
+            raise PlatformError("this process has left the Ray cluster; make a new platform")
+
     def nodes(self) -> list[dict[str, Any]]:
         """What Ray knows of each node that is alive."""
         return [node for node in self.ray.nodes() if node["Alive"]]
@@ -91,7 +97,8 @@ class Cluster:
     def close(self) -> None:
         """Takes a request to the autoscaler back; leaves the cluster, or ends it. Idempotent."""
         if self.ray.is_initialized():
-            self.ask_for([])
+            with suppress(self.ray.exceptions.RayError):  # the cluster itself is gone
+                self.ask_for([])
             if not self._joined:
                 self.ray.shutdown()
 

@@ -27,7 +27,7 @@ class Accepted:
 Said = Accepted | bytes | InvocationResult
 
 
-class Instance:
+class FunctionInstance:
     """Runs invocations, one at a time. Its methods are called by Ray, in threads of their own.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 from smlt_tune.backend.platforms.base import Invocation
 from smlt_tune.backend.platforms.ray_cluster.cluster import Cluster
-from smlt_tune.backend.platforms.ray_cluster.instance import Instance
+from smlt_tune.backend.platforms.ray_cluster.instance import FunctionInstance
 from smlt_tune.backend.platforms.ray_cluster.options import Options
 from smlt_tune.errors import Throttled
 
@@ -75,7 +75,7 @@ class Instances:
         self._actors: OrderedDict[Actor, None] = OrderedDict()  # least recently used first
         self._kind = cluster.ray.remote(
             concurrency_groups={CONTROL: 1}, max_restarts=0, max_task_retries=0
-        )(Instance)
+        )(FunctionInstance)
         self._of_node = {
             "time_limit_s": options.time_limit_s,
             "cores_per_vcpu": options.cores_per_vcpu,
