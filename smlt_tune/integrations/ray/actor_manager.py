@@ -21,7 +21,8 @@ from ray.tune.execution.tune_controller import TuneController
 
 from smlt_tune.integrations.ray.experiment import Experiment
 from smlt_tune.integrations.ray.inbox import Inbox
-from smlt_tune.integrations.ray.virtual_trial import TrialRequest, VirtualTrial, explained
+from smlt_tune.integrations.ray.trial_request import TrialRequest
+from smlt_tune.integrations.ray.virtual_trial import VirtualTrial, explained
 from smlt_tune.runtime.clock import SYSTEM_CLOCK
 
 #: With actors of Ray about, or with trials that wait to be let in, look at both this often, s.
@@ -141,7 +142,7 @@ class VirtualActorManager(RayActorManager):
         for tracked_actor in self._virtual:
             self._live_actors_to_ray_actors_resources.pop(tracked_actor, None)
         self._experiment.close()
-        super().cleanup()  # which ends with __init__
+        super().cleanup()  # type: ignore[no-untyped-call]
 
     def next(self, timeout: float | None = None) -> bool:
         """Lets one thing happen. Trials with and without actors take turns."""
@@ -181,8 +182,8 @@ class VirtualActorManager(RayActorManager):
         handle = SimpleNamespace(
             get_auto_filled_metrics=SimpleNamespace(remote=lambda **_: actor.trial.describe())
         )
-        acquired: Any = SimpleNamespace(resource_request=actor.request)
-        self._live_actors_to_ray_actors_resources[tracked_actor] = handle, acquired
+        stand_in: Any = handle, SimpleNamespace(resource_request=actor.request)
+        self._live_actors_to_ray_actors_resources[tracked_actor] = stand_in
         self._live_resource_cache = None
         self._entering = actor.trial
         if tracked_actor._on_start:
@@ -224,7 +225,9 @@ class VirtualActorManager(RayActorManager):
         while self._let_go:
             virtual = self._let_go.pop()
             assert self._controller is not None
-            trial = self._controller.get_trial(virtual.trial.trial_id)
+            trial = self._controller.get_trial(  # type: ignore[no-untyped-call]
+                virtual.trial.trial_id
+            )
             virtual.release(pause=trial is not None and not trial.is_finished())
 
     def _stopped(self, tracked_actor: TrackedActor) -> None:

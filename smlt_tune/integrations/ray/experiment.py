@@ -10,8 +10,9 @@ from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.ray import fleets
 from smlt_tune.integrations.ray.attachment import jobs_of
 from smlt_tune.integrations.ray.staging import stage
+from smlt_tune.integrations.ray.trial_request import TrialRequest
 from smlt_tune.integrations.ray.tune_session import Trial
-from smlt_tune.integrations.ray.virtual_trial import TrialRequest, VirtualTrial
+from smlt_tune.integrations.ray.virtual_trial import VirtualTrial
 
 
 class Experiment:

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.air.execution._internal import RayActorManager
 from ray.tune.execution import tune_controller
+from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import trial as trial_module
 from ray.tune.experiment.trial import Trial
@@ -39,7 +40,7 @@ _SIGNATURES: list[tuple[Callable[..., Any], set[str]]] = [
     (TuneController.get_trial, {"tid"}),
     (Trial.update_resources, {"resources"}),
     (trainable_util.with_resources, {"trainable", "resources"}),
-    (trial_module.resource_dict_to_pg_factory, {"spec"}),
+    (resource_dict_to_pg_factory, {"spec"}),
 ]
 #: Local variables that closures made by these functions hold on to.
 _CLOSURES: list[tuple[Callable[..., Any], set[str]]] = [
@@ -88,14 +89,10 @@ def _missing() -> list[str]:
         return [f"Ray {ray.__version__} is too old: Ray 2.60 or later is needed"]
     says = f"Ray {ray.__version__} is not supported by this version of smlt_tune: "
     missing = [
-        f"{says}{function.__qualname__} takes no {sorted(names - _parameters(function))}"
-        for function, names in _SIGNATURES
-        if names - _parameters(function)
-    ]
-    missing += [
-        f"{says}{function.__qualname__} keeps no {sorted(names - set(function.__code__.co_cellvars))}"
-        for function, names in _CLOSURES
-        if names - set(function.__code__.co_cellvars)
+        f"{says}{function.__qualname__} has no {name}"
+        for table, has in ((_SIGNATURES, _parameters), (_CLOSURES, _kept))
+        for function, names in table
+        for name in sorted(names - has(function))
     ]
     if not hasattr(tune_controller, "RayActorManager"):
         missing.append(f"{says}its controller knows no RayActorManager")
@@ -104,6 +101,10 @@ def _missing() -> list[str]:
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
+
+
+def _kept(function: Callable[..., Any]) -> set[str]:
+    return set(function.__code__.co_cellvars)
 
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -93,7 +93,7 @@ class ClassProgram:
         saves = type(trainable).save_checkpoint is not Trainable.save_checkpoint
         done = False
         while not done:
-            result = trainable.train()
+            result = trainable.train()  # type: ignore[no-untyped-call]
             done = bool(result["done"])
             told = {name: value for name, value in result.items() if name not in _FILLED_IN}
             with tempfile.TemporaryDirectory(dir=tune.trial_dir) as folder:
@@ -126,7 +126,7 @@ def _report_output(tune: TuneSession, output: Any) -> None:
     elif isinstance(output, Number):
         tune.report({"_metric": output})
     else:
-        raise ValueError(
+        raise TypeError(
             f"the training function returned or yielded a {type(output).__name__}: Tune takes a "
             "number or a dictionary of metrics"
         )

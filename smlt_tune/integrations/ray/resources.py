@@ -7,7 +7,7 @@ from smlt_tune.backend.goals import Goal
 from smlt_tune.backend.resource_manager.observations import Workload
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.ray import patches
-from smlt_tune.integrations.ray.virtual_trial import SMLT, TrialRequest
+from smlt_tune.integrations.ray.trial_request import SMLT, TrialRequest
 
 
 class SmltResources(TrialRequest):
@@ -55,7 +55,7 @@ class SmltResources(TrialRequest):
         patches.install(resolve)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         patches.install(resolve)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from ray.tune.trainable import FunctionTrainable, Trainable
 from smlt_tune.backend.artifact_manager import pickled
 from smlt_tune.integrations.ray.object_refs import refuse_object_refs
 from smlt_tune.integrations.ray.programs import ClassProgram, FunctionProgram, Program
+from smlt_tune.integrations.ray.trial_request import sending_to_functions
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def stage(actor_class: Any) -> Staged:
     """
     trainable = actor_class.__ray_metadata__.modified_class.__ray_actor_class__
     if trainable not in _known:
-        _known[trainable] = _stage(trainable)
+        with sending_to_functions():
+            _known[trainable] = _stage(trainable)
     return _known[trainable]
 
 
@@ -80,7 +82,7 @@ def _function_of(trainable: type[FunctionTrainable]) -> tuple[Callable[..., Any]
         elif getattr(function, "__qualname__", "").startswith("with_resources.<locals>"):
             function = held["trainable"]  # a method
         else:
-            return _without_resources(function), parameters
+            return function, parameters
 
 
 def _class_of(trainable: type[Trainable]) -> tuple[type[Trainable], dict[str, Any]]:
@@ -107,24 +109,3 @@ def _parameters(held: dict[str, Any]) -> dict[str, Any]:
     """The values that ``with_parameters`` has put into Ray's object store."""
     registry, prefix = held["parameter_registry"], held["prefix"]
     return {key: registry.get(prefix + key) for key in sorted(held["keys"])}
-
-
-def _without_resources(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``with_resources`` leaves what was asked for on the function, which would travel with it."""
-    if "_resources" not in getattr(function, "__dict__", {}):
-        return function
-    if isinstance(function, functools.partial):
-        return functools.partial(function.func, *function.args, **function.keywords)
-    if not isinstance(function, types.FunctionType):
-        return function
-    bare = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    bare.__kwdefaults__ = function.__kwdefaults__
-    bare.__dict__.update({k: v for k, v in function.__dict__.items() if k != "_resources"})
-    bare.__qualname__, bare.__module__ = function.__qualname__, function.__module__
-    return bare

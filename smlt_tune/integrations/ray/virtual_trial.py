@@ -10,7 +10,6 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 from ray.train._internal.session import _TrainingResult
-from ray.tune import PlacementGroupFactory
 from ray.tune.result import RESULT_DUPLICATE, SHOULD_CHECKPOINT
 
 from smlt_tune.backend.fleet import Fleet
@@ -20,29 +19,9 @@ from smlt_tune.integrations.ray.attachment import attach
 from smlt_tune.integrations.ray.object_refs import object_refs
 from smlt_tune.integrations.ray.results import Pointer, Results, write_checkpoint
 from smlt_tune.integrations.ray.staging import Staged
+from smlt_tune.integrations.ray.trial_request import sending_to_functions
 from smlt_tune.integrations.ray.tune_session import Trial
 from smlt_tune.runtime.clock import SYSTEM_CLOCK
-
-#: What users write; also the name of the one resource that stands for all others in Tune's tables.
-SMLT = "smlt"
-
-
-class TrialRequest(PlacementGroupFactory):
-    """Resources of a trial that gets no actor.
-
-    Attributes:
-        options: Arguments of ``Fleet.submit``.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__([{SMLT: 1}])
-        self.options = options
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TrialRequest) and self.options == other.options
-
-    def __hash__(self) -> int:
-        return hash(str(self.options))
 
 
 class VirtualTrial:
@@ -143,7 +122,8 @@ class VirtualTrial:
     def _begin(self) -> None:
         if mistakes := object_refs("config", self.trial.config):
             raise InvalidInput(mistakes)
-        job = attach(self._fleet, self.trial, self._staged, self._options, self._start)
+        with sending_to_functions():
+            job = attach(self._fleet, self.trial, self._staged, self._options, self._start)
         with self._lock:
             self._job = job
             if self._let_go is not None:  # Tune has changed its mind meanwhile
@@ -172,7 +152,7 @@ def explained(name: str, error: Exception) -> RayTaskError:
     text = f"trial {name}: {type(error).__name__}: {error}"
     if isinstance(error, TrainingFunctionError):
         text = f"{text}\n{error.worker_traceback}"
-    return RayTaskError(name, text, error)
+    return RayTaskError(name, text, error)  # type: ignore[no-untyped-call]
 
 
 def _on_one_worker(options: dict[str, Any]) -> dict[str, Any]:
