@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path, PosixPath
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from smlt_tune.backend.goals import Cheapest, Goal
 from smlt_tune.backend.history import History
@@ -43,6 +43,7 @@ from smlt_tune.errors import FleetClosed, InvalidInput, UsageError
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.checkpoint import Checkpoints
 from smlt_tune.runtime.position import Position
+from smlt_tune.runtime.stores.base import ParameterStore
 
 #: The scheduler looks at its time-outs this often, in seconds of virtual time.
 TICK_S = 0.1
@@ -106,7 +107,7 @@ class SimulatedFleet:
         self._states: dict[str, JobState] = {}
         self._unfinished: set[str] = set()
         self._paused: set[str] = set()
-        self._seen = "0"
+        self._asked = 0
         with ExitStack() as stack:
             self._history = stack.enter_context(History(path, clock=self._time))
             if self._history.read():
@@ -139,7 +140,7 @@ class SimulatedFleet:
                 self._policy,
                 self._ledger,
                 current,
-                platform.parameter_store,
+                cast(ParameterStore, platform.parameter_store),
                 platform.objects,
                 self._time,
                 self._record,
@@ -149,8 +150,7 @@ class SimulatedFleet:
             self._costs.begin()
             self._history.append("fleet", "", {"name": name})
             self._resources = stack.pop_all()
-        self._events = keys.FleetKeys(name).events
-        platform.parameter_store.watch(self._events, self._read_events)
+        platform.listeners[name] = self._heard
         self._ticking = self._time.after(tick_s, self._tick)
         self._closed = False
 
@@ -246,7 +246,7 @@ class SimulatedFleet:
         state = self._states[job_id] = JobState(spec)
         state.changed = _Happening(self)
         self._unfinished.add(job_id)
-        self._soon(partial(self._scheduler.submit, state))
+        self._ask(self._scheduler.submit, state)
         return self._job(state)
 
     def jobs(self) -> list[Job]:
@@ -274,7 +274,7 @@ class SimulatedFleet:
     @property
     def idle(self) -> bool:
         """Whether every job is over, or paused."""
-        if self._unfinished:
+        if self._unfinished or self._asked:
             return False
         return all(self._states[job_id].status == PAUSED for job_id in self._paused)
 
@@ -283,17 +283,27 @@ class SimulatedFleet:
         if self._closed:
             return
         for job_id in [*self._unfinished, *self._paused]:
-            self._soon(partial(self._scheduler.stop, job_id, "the fleet was closed"))
+            self._ask(self._scheduler.stop, job_id, "the fleet was closed")
         while self._unfinished or self._paused:
             self._time.step()
         self._closed = True
         self._ticking.cancel()
         self._costs.end()
-        self._platform.parameter_store.unwatch(self._events)
+        del self._platform.listeners[self._name]
         self._platform.parameter_store.delete_prefix(keys.FleetKeys(self._name).prefix)
         self._resources.close()
 
     # --- what happens -----------------------------------------------------------------------------
+
+    def _ask(self, call: Callable[..., None], *args: Any) -> None:
+        """A request of the driver, who may be called by something that goes on."""
+
+        def ask() -> None:
+            self._asked -= 1
+            call(*args)
+
+        self._asked += 1
+        self._soon(ask)
 
     def _soon(self, call: Callable[[], None]) -> None:
         """Right after what goes on now."""
@@ -304,21 +314,12 @@ class SimulatedFleet:
         self._scheduler.tick()
         self._ticking = self._time.after(self._tick_s, self._tick)
 
+    def _heard(self, event: wire.WorkerEvent) -> None:
+        self._soon(partial(self._scheduler.event, event))
+
     def _ended(self, result: InvocationResult) -> None:
-        self._soon(partial(self._on_ended, result))
-
-    def _on_ended(self, result: InvocationResult) -> None:
-        """Handles what a worker said last before the news of its end."""
-        self._read_events()
-        self._scheduler.ended(result)
-
-    def _read_events(self) -> None:
-        store = self._platform.parameter_store
-        while messages := store.read(self._events, self._seen, timeout_s=0.0):
-            self._seen = messages[-1][0]
-            store.trim(self._events, self._seen)
-            for _, content in messages:
-                self._scheduler.event(wire.WorkerEvent.decode(content))
+        """Comes after the last event of the worker, which is on the agenda already."""
+        self._soon(partial(self._scheduler.ended, result))
 
     def _out_of_money(self) -> None:
         for job_id in list(self._states):
@@ -374,13 +375,13 @@ class SimulatedFleet:
         scheduler = self._scheduler
         return Job(
             state,
-            stop=lambda i, reason: self._soon(partial(scheduler.stop, i, reason)),
+            stop=partial(self._ask, scheduler.stop),
             resize=self._resize,
             cost=scheduler.cost_usd,
             logs=_NOWHERE,
-            acknowledge=lambda i, n: self._soon(partial(scheduler.acknowledge, i, n)),
-            pause=lambda i: self._soon(partial(scheduler.pause, i)),
-            resume=lambda i: self._soon(partial(scheduler.resume, i)),
+            acknowledge=partial(self._ask, scheduler.acknowledge),
+            pause=partial(self._ask, scheduler.pause),
+            resume=partial(self._ask, scheduler.resume),
         )
 
     def _resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
@@ -388,7 +389,7 @@ class SimulatedFleet:
         mistakes = check(JobFacts(job_id, self._platform.limits, goal, Bounds(workers, memory_mb)))
         if mistakes:
             raise InvalidInput(mistakes)
-        self._soon(partial(self._scheduler.resize, job_id, workers, memory_mb))
+        self._ask(self._scheduler.resize, job_id, workers, memory_mb)
 
 
 class _Happening(threading.Condition):

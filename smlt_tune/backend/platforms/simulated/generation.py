@@ -25,7 +25,6 @@ from smlt_tune.runtime.session import TIME_LIMIT_MARGIN_S
 LOOK_AROUND_S = 1.0
 #: What stands in checkpoints: there is no state, and where it belongs says the name.
 STATE = b"simulated"
-_TTL_S = 3600.0
 _NOISE = 1e-9
 
 
@@ -44,6 +43,7 @@ class SimulatedGeneration:
         time: Of the simulation.
         store: Where they meet.
         objects: Where checkpoints lie.
+        tell: Takes what workers say.
         progress_s: How often workers say where they are, seconds.
         pace: Gives the time per iteration over its median, of an epoch.
     """
@@ -55,6 +55,7 @@ class SimulatedGeneration:
         time: VirtualTime,
         store: SimulatedParameterStore,
         objects: SimulatedObjectStore,
+        tell: Callable[[wire.WorkerEvent], None],
         progress_s: float,
         pace: Callable[[int], float],
     ) -> None:
@@ -62,9 +63,9 @@ class SimulatedGeneration:
         self._training = training
         self._time = time
         self._store = store
+        self._hear = tell
         self._progress_s = progress_s
         self._pace = pace
-        self._events = keys.FleetKeys(spec.fleet).events
         self._keys = keys.FleetKeys(spec.fleet).generation(spec.job, spec.generation)
         self._checkpoints = Checkpoints(objects, spec.job)
         #: Those that have come in, by rank; a rank that was delivered twice has two.
@@ -411,5 +412,4 @@ class SimulatedGeneration:
 
     def _tell(self, kind: type[wire.WorkerEvent], worker: Delivery, **content: Any) -> None:
         spec = worker.spec
-        event = kind(spec.job, spec.generation, spec.rank, spec.incarnation, **content)
-        self._store.append(self._events, event.encode(), ttl_s=_TTL_S)
+        self._hear(kind(spec.job, spec.generation, spec.rank, spec.incarnation, **content))

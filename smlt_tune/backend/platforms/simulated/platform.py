@@ -27,11 +27,10 @@ from smlt_tune.backend.platforms.simulated.stores import (
 from smlt_tune.backend.platforms.simulated.training import SimulatedTraining
 from smlt_tune.backend.platforms.simulated.virtual_time import VirtualTime
 from smlt_tune.errors import PlatformError, Throttled
-from smlt_tune.runtime import keys, wire
+from smlt_tune.runtime import wire
 
 #: Mean time between two deliveries of one invocation, seconds.
 DUPLICATE_S = 1.0
-_TTL_S = 3600.0
 
 
 @dataclass(eq=False)
@@ -61,6 +60,7 @@ class SimulatedPlatform:
         time: Of the simulation.
         parameter_store: Where workers meet.
         objects: Where checkpoints lie.
+        listeners: What takes the events of workers, by fleet.
         programs: What the functions of a job do, by fleet and job. Their code does not travel.
     """
 
@@ -71,6 +71,7 @@ class SimulatedPlatform:
         self.time = VirtualTime()
         self.parameter_store = SimulatedParameterStore(self.time)
         self.objects = SimulatedObjectStore()
+        self.listeners: dict[str, Callable[[wire.WorkerEvent], None]] = {}
         self.programs: dict[tuple[str, str], Callable[[], SimulatedTraining]] = {}
         self._limits = self.options.limits()
         self._chance = Random(self.options.seed)
@@ -197,6 +198,7 @@ class SimulatedPlatform:
                 self.time,
                 self.parameter_store,
                 self.objects,
+                self.listeners[spec.fleet],
                 self.options.progress_s,
                 lambda epoch: self._pace(spec.job, epoch),
             )
@@ -215,8 +217,7 @@ class SimulatedPlatform:
             by_user=True,
             retry=False,
         )
-        stream = keys.FleetKeys(spec.fleet).events
-        self.parameter_store.append(stream, event.encode(), ttl_s=_TTL_S)
+        self.listeners[spec.fleet](event)
         delivery.end("returned")
 
     def _pace(self, job: str, epoch: int) -> float:

@@ -32,11 +32,12 @@ class _Names:
 
 
 class SimulatedParameterStore:
-    """A parameter store in virtual time.
+    """As much of a parameter store as the scheduler and simulated workers use.
 
-    Nothing else happens while somebody asks, so no verb ever waits; who wants to be woken up by a
-    stream says so with :meth:`watch`. Everything is deleted by those who have written it: times to
-    live are not simulated. Not thread-safe.
+    There are no gradients, and workers hand their events to the fleet without a stream. Nothing
+    else happens while somebody asks, so nobody ever waits here: who wants to be woken up says so
+    with :meth:`watch`. All keys are deleted by those who wrote them: times to live do not count.
+    Not thread-safe.
 
     Args:
         time: Of the simulation.
@@ -45,13 +46,11 @@ class SimulatedParameterStore:
     def __init__(self, time: VirtualTime) -> None:
         self._time = time
         self._values: dict[str, bytes] = {}
-        self._streams: dict[str, list[tuple[int, bytes]]] = {}
         self._watchers: dict[str, Callable[[], None]] = {}
         self._names = _Names()
-        self._number = 0
 
     def watch(self, stream: str, call: Callable[[], None]) -> None:
-        """Calls whenever something was appended to a stream, right after what goes on then."""
+        """Calls after each announcement in a stream, right after what goes on then."""
         self._watchers[stream] = call
 
     def unwatch(self, stream: str) -> None:
@@ -64,7 +63,8 @@ class SimulatedParameterStore:
         fresh = [key not in self._values for key in items]
         self.put({k: v for k, v in items.items() if k not in self._values}, ttl_s=ttl_s)
         for stream in announce:
-            self._wake(stream)
+            if stream in self._watchers:
+                self._time.after(0.0, self._watchers[stream])
         return fresh
 
     def put(self, items: Mapping[str, Buffer], *, ttl_s: float) -> None:  # noqa: D102
@@ -82,44 +82,9 @@ class SimulatedParameterStore:
                 self._names.remove(key)
 
     def delete_prefix(self, prefix: str) -> int:  # noqa: D102
-        streams = [name for name in self._streams if name.startswith(prefix)]
-        for stream in streams:
-            del self._streams[stream]
         names = self._names.below(prefix)
         self.delete(names)
-        return len(names) + len(streams)
-
-    def append(self, stream: str, message: Buffer, *, ttl_s: float) -> None:  # noqa: D102
-        self._number += 1
-        self._streams.setdefault(stream, []).append((self._number, bytes(message)))
-        self._wake(stream)
-
-    def read(  # noqa: D102
-        self, stream: str, after: str, *, timeout_s: float, limit: int = 1000
-    ) -> list[tuple[str, bytes]]:
-        seen = int(after.partition("-")[0])
-        messages = [m for m in self._streams.get(stream, ()) if m[0] > seen]
-        return [(f"{number}-0", content) for number, content in messages[:limit]]
-
-    def trim(self, stream: str, before: str) -> None:  # noqa: D102
-        seen = int(before.partition("-")[0])
-        messages = self._streams.get(stream, [])
-        messages[:] = [m for m in messages if m[0] > seen]
-
-    def wait(self, stream: str, after: str, *, timeout_s: float) -> str:  # noqa: D102
-        messages = self.read(stream, after, timeout_s=0.0)
-        return messages[-1][0] if messages else after
-
-    def server_id(self) -> str:  # noqa: D102
-        return URL
-
-    def close(self) -> None:  # noqa: D102
-        self._watchers.clear()
-
-    def _wake(self, stream: str) -> None:
-        watcher = self._watchers.get(stream)
-        if watcher is not None:
-            self._time.after(0.0, watcher)
+        return len(names)
 
 
 class SimulatedObjectStore:
@@ -155,7 +120,6 @@ class SimulatedObjectStore:
 
 
 if TYPE_CHECKING:
-    from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
+    from smlt_tune.runtime.stores.base import ObjectStore
 
-    _parameters: ParameterStore = SimulatedParameterStore(VirtualTime())
     _objects: ObjectStore = SimulatedObjectStore()
