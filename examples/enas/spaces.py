@@ -39,6 +39,15 @@ def separable(width, kernel):
     )
 
 
+def stem(width):
+    """From images with one channel of at least 8 x 8 to half their edge."""
+    return nn.Sequential(
+        MutableConv2d(1, width, 3, padding=1, bias=False),
+        MutableBatchNorm2d(width),
+        nn.MaxPool2d(2),
+    )
+
+
 def operations(width):
     """What a layer or a node may compute."""
     return {
@@ -57,9 +66,7 @@ class Macro(ModelSpace):
     def __init__(self, layers=6, classes=10):
         super().__init__()
         width = nni.choice("width", WIDTHS)
-        self.stem = nn.Sequential(
-            MutableConv2d(1, width, 3, padding=1, bias=False), MutableBatchNorm2d(width)
-        )
+        self.stem = stem(width)
         numbers = range(layers)
         self.layers = nn.ModuleList(
             LayerChoice(operations(width), label=f"layer{i}") for i in numbers
@@ -88,9 +95,7 @@ class Micro(ModelSpace):
     def __init__(self, nodes=3, classes=10):
         super().__init__()
         width = nni.choice("width", WIDTHS)
-        self.stem = nn.Sequential(
-            MutableConv2d(1, width, 3, padding=1, bias=False), MutableBatchNorm2d(width)
-        )
+        self.stem = stem(width)
         self.cells = nn.ModuleList(
             Cell(operations(width), nodes, 2, 2, label=kind) for kind in ("keep", "halve", "keep")
         )

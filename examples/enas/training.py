@@ -8,14 +8,13 @@ from pydoc_data.topics import topics
 import nni
 import numpy as np
 import torch
-from examples.fashion import load_images
 from nni.nas.space import model_context
 from torch.nn import functional
 
 import smlt_tune as smlt
-from smlt_tune.integrations.nni.enas import SharedWeights
-
 from examples.enas.spaces import SPACES
+from examples.fashion import load_images
+from smlt_tune.integrations.nni.enas import SharedWeights
 
 #: Characters that are told apart in the text; all others are the last one.
 SYMBOLS = "\n !\"'()*+,-./0123456789:;=>ABCDEFGHIJLMNOPRSTUW[]_`abcdefghijklmnopqrstuvwxyz{}"[:63]
@@ -39,10 +38,8 @@ def load_data(kind, samples, test_samples):
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(windows)))
     inputs, labels = windows[order, :-1], windows[order, 1:]
     test_samples = min(test_samples, len(windows) // 4)
-    borders = [0, test_samples, 2 * test_samples, 2 * test_samples + samples]
-    test, search, train = (
-        (inputs[a:b], labels[a:b]) for a, b in zip(borders, borders[1:], strict=False)
-    )
+    parts = [(0, test_samples), (test_samples, test_samples), (2 * test_samples, samples)]
+    test, search, train = ((inputs[a : a + n], labels[a : a + n]) for a, n in parts)
     return train, search, test
 
 

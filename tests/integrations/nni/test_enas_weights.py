@@ -78,7 +78,7 @@ def train(chosen, *, steps=4, disturb=None, seen=None):
         model = built(chosen)
         weights = SharedWeights(model, chosen)
         if seen is not None:
-            seen.append({n: t.detach().clone() for n, t in weights._parameters_of.items()})
+            seen.append({n: t.detach().clone() for n, t in weights._by_name.items()})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model, optimizer, weights = session.prepare(model, optimizer, weights)
         data = torch.linspace(-1, 1, 32).reshape(8, 4), torch.arange(8) % 2
@@ -93,7 +93,7 @@ def train(chosen, *, steps=4, disturb=None, seen=None):
         weights.push()
         if disturb:
             disturb("pushed")
-        return {name: tensor.tolist() for name, tensor in weights._parameters_of.items()}
+        return {name: tensor.tolist() for name, tensor in weights._by_name.items()}
 
     return function
 

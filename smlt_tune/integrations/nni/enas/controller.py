@@ -43,6 +43,9 @@ class Controller:
         entropy_weight: Reward for a nat of entropy: how long it keeps exploring.
         baseline_decay: Of the moving average, per reward.
         seed: Of its parameters and samples.
+
+    Attributes:
+        rewards: From how many it has learnt.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Controller:
         self._entropy_weight = entropy_weight
         self._baseline_decay = baseline_decay
         self._baseline: float | None = None
+        self.rewards = 0
         self._random = torch.Generator().manual_seed(seed)
         options = [number for choice in self._choices for number in choice.options]
         self._network = _Network(options, hidden, self._random)
@@ -86,6 +90,7 @@ class Controller:
         self._baseline += (1 - self._baseline_decay) * advantage
         loss = -advantage * torch.stack(logs).sum()
         loss -= self._entropy_weight * torch.stack(entropies).mean()
+        self.rewards += 1
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -101,6 +106,7 @@ class Controller:
             "network": self._network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "baseline": self._baseline,
+            "rewards": self.rewards,
             "random": self._random.get_state(),
         }
         return copy.deepcopy(state)
@@ -110,6 +116,7 @@ class Controller:
         self._network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._baseline = state["baseline"]
+        self.rewards = state["rewards"]
         self._random.set_state(state["random"])
 
     def _evaluate(self, sample: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -53,25 +53,25 @@ class SharedWeights(nn.Module):
             space = model_space(candidate)
         names = supernet_names(model, space, candidate.sample)
         # Not a submodule: the model is prepared, and saved, by itself.
-        self._parameters_of = {
+        self._by_name = {
             names[name]: tensor for name, tensor in model.named_parameters() if name in names
         }
         self._shared = SharedTensors.of(smlt.session())
-        found = self._shared.read(list(self._parameters_of)) if self._shared else {}
+        found = self._shared.read(list(self._by_name)) if self._shared else {}
         self._inherit(found)
         # Frozen parameters, not buffers: they never change, so workers need not keep copies.
         self.before = nn.ParameterList(
             nn.Parameter(tensor.detach().clone(), requires_grad=False)
-            for tensor in self._parameters_of.values()
+            for tensor in self._by_name.values()
         )
-        versions = [found[name].version if name in found else 0 for name in self._parameters_of]
+        versions = [found[name].version if name in found else 0 for name in self._by_name]
         self.versions: torch.Tensor
         self.register_buffer("versions", torch.tensor(versions, dtype=torch.int64))
 
     @property
     def names(self) -> list[str]:
         """What is shared, by its names in the space."""
-        return list(self._parameters_of)
+        return list(self._by_name)
 
     def push(self) -> bool:
         """Passes on what the model has learnt. Call it on every worker, once training is over.
@@ -85,7 +85,7 @@ class SharedWeights(nn.Module):
         if self._shared is None or session.rank != 0:
             return False
         updates = {}
-        for number, (name, tensor) in enumerate(self._parameters_of.items()):
+        for number, (name, tensor) in enumerate(self._by_name.items()):
             if not torch.isfinite(tensor).all():
                 _LOG.warning("%s is not finite: the candidate's weights are not passed on", name)
                 return False
@@ -98,13 +98,13 @@ class SharedWeights(nn.Module):
         mistakes = [
             f"{name} has {tensor.dim()} dimensions here and {found[name].value.ndim} in other "
             "candidates: what a choice changes so much needs a LayerChoice"
-            for name, tensor in self._parameters_of.items()
+            for name, tensor in self._by_name.items()
             if name in found and found[name].value.ndim != tensor.dim()
         ]
         if mistakes:
             raise UsageError("\n".join(mistakes))
         for name, shared in found.items():
-            tensor = self._parameters_of[name]
+            tensor = self._by_name[name]
             value = torch.from_numpy(shared.value).to(tensor.dtype)
             sizes = zip(value.shape, tensor.shape, strict=True)
             both: Any = (*(slice(min(pair)) for pair in sizes), ...)
