@@ -18,10 +18,8 @@ from nni.runtime.trial_command_channel import (
 
 import smlt_tune as smlt
 from smlt_tune.errors import InvalidInput, UsageError
+from smlt_tune.integrations.nni import trial_function
 from smlt_tune.integrations.nni.metrics import DEFAULT, FINAL, INTERMEDIATE, KIND
-
-#: What ``nni.get_next_parameter()`` gives in the job that this process runs.
-_parameters: Any = {}
 
 
 class SessionChannel(TrialCommandChannel):  # type: ignore[misc]
@@ -29,7 +27,7 @@ class SessionChannel(TrialCommandChannel):  # type: ignore[misc]
 
     def receive_parameter(self) -> dict[str, Any]:
         """The job's parameters, as often as it asks."""
-        return {"parameter_id": 0, "parameters": _parameters}
+        return {"parameter_id": 0, "parameters": trial_function.parameters_of_job}
 
     def send_metric(
         self, type: str, parameter_id: int | None, trial_job_id: str, sequence: int, value: Any
@@ -67,21 +65,16 @@ def trial_api(parameters: Any) -> Iterator[None]:
     Args:
         parameters: What ``nni.get_next_parameter()`` is to give.
     """
-    global _parameters
     trial: Any = sys.modules["nni.trial"]
-    before = (
-        _parameters,
-        get_default_trial_command_channel(),
-        trial._params,
-        trial._intermediate_seq,
-    )
-    _parameters = parameters
+    before = trial._params, trial._intermediate_seq
+    channel = get_default_trial_command_channel()
     try:
         set_default_trial_command_channel(SessionChannel())
         trial._params, trial._intermediate_seq = None, 0
-        yield
+        with trial_function.given(parameters):
+            yield
     finally:
-        _parameters, channel, trial._params, trial._intermediate_seq = before
+        trial._params, trial._intermediate_seq = before
         set_default_trial_command_channel(channel)
 
 

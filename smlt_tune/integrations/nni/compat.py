@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nni.experiment import launcher
 from nni.nas.experiment import NasExperiment
 from nni.nas.strategy import GridSearch, RegularizedEvolution
 from nni.nas.strategy.base import Strategy
@@ -20,6 +21,10 @@ from smlt_tune.integrations.nni.metrics import LOG
 
 if TYPE_CHECKING:
     from smlt_tune.integrations.nni.engine import SmltExecutionEngine
+
+
+#: How long NNI's manager may take to start, in seconds.
+MANAGER_START_S = 60
 
 
 class CheckpointSerializer(TorchSerializer):  # type: ignore[misc]
@@ -90,6 +95,14 @@ def close_log(experiment_id: str) -> None:
     log.stop_experiment_logging(experiment_id)
     if handler is not None:
         handler.close()
+
+
+def wait_for_manager() -> None:
+    """Gives NNI's manager time to start.
+
+    Fault: NNI gives up on it after three seconds, which it takes longer on a busy machine.
+    """
+    launcher._check_rest_server.__defaults__ = (MANAGER_START_S, None)
 
 
 def adopt(strategy: Strategy, engine: "SmltExecutionEngine") -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nni.nas.execution.event import FinalMetricEvent, IntermediateMetricEvent, TrainingEndEvent
 from nni.nas.space import ExecutableModelSpace, ModelStatus, SimplifiedModelSpace
 
+from smlt_tune.backend.resource_manager.observations import Workload
 from smlt_tune.errors import FleetClosed, InvalidInput
 from smlt_tune.integrations.nni.candidates import Candidate
 from smlt_tune.integrations.nni.config import SmltEngineConfig
@@ -79,18 +80,11 @@ class SmltExecutionEngine(DispatchingEngine):
         for model in models:
             if not model.status.frozen() or model.status.completed():
                 raise RuntimeError(f"a model must be frozen and not trained yet to run: {model}")
-            workload, error = None, ""
-            try:
-                workload = workload_of(model, self._config)
-            except CannotBuild as found:
-                error = str(found)
+            workload, error = self._measured(model)
             with self.changed:
                 number = len(self._candidates)
                 name = f"{self._prefix}-{number:05d}"
-                candidate = Candidate(number, name, model, workload, error=error)
-                model.status = ModelStatus.Training
-                self._candidates.append(candidate)
-                self._waiting.append(candidate)
+                self._queue(Candidate(number, name, model, workload, error=error))
                 self._save()
                 self._start_waiting()
 
@@ -169,10 +163,12 @@ class SmltExecutionEngine(DispatchingEngine):
             space, jobs = self._space(), {job.job_id: job for job in self._fleet.jobs()}
             for number, state in enumerate(state_dict["candidates"]):
                 candidate = Candidate.from_state(number, state, space, jobs)
-                self._candidates.append(candidate)
-                if not candidate.over:
-                    candidate.model.status = ModelStatus.Training
-                    self._waiting.append(candidate)
+                if candidate.over:
+                    self._candidates.append(candidate)
+                    continue
+                if candidate.job is None:
+                    candidate.workload, candidate.error = self._measured(candidate.model)
+                self._queue(candidate)
 
     def in_flight(self) -> list[SimplifiedModelSpace]:
         """Models of a checkpoint that had not ended when it was made."""
@@ -180,6 +176,17 @@ class SmltExecutionEngine(DispatchingEngine):
             return [candidate.model for candidate in self._waiting]
 
     # --- what happens, under the lock -----------------------------------------------------------
+
+    def _measured(self, model: SimplifiedModelSpace) -> tuple[Workload | None, str]:
+        try:
+            return workload_of(model, self._config), ""
+        except CannotBuild as error:
+            return None, str(error)
+
+    def _queue(self, candidate: Candidate) -> None:
+        candidate.model.status = ModelStatus.Training
+        self._candidates.append(candidate)
+        self._waiting.append(candidate)
 
     def _over(self) -> bool:
         return self.closed or self._limits.reached(len(self._candidates), self._fleet)

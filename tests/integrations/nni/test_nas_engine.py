@@ -188,13 +188,13 @@ def test_what_cannot_work_on_the_functions_it_gets_says_so(platform, fleet, tmp_
 
 
 def hungry(model):
-    hoard = [bytearray(2**24) for _ in range(40)]
+    hoard = [bytearray(2**24) for _ in range(80)]
     raise AssertionError(f"{len(hoard)} pieces fit")
 
 
 def test_a_model_that_fits_no_function_fails_and_is_paid_for(fleet, tmp_path):
     (large,) = run(
-        Given(widths(2)), hungry, tmp_path, fleet=fleet, memory_mb=512
+        Given(widths(2)), hungry, tmp_path, fleet=fleet, memory_mb=1024
     ).candidates()  # fmt: skip
     assert large.status == ModelStatus.Failed
     assert "OutOfMemory" in large.error
