@@ -23,8 +23,7 @@ class Fleets:
     Args:
         given: One fleet for all of them, which belongs to the user; None to open them here.
         path: Folder of the one fleet to open; None for one fleet in each experiment's folder.
-        platform: Where all of them run functions; closed with them if ``own_platform``.
-        own_platform: Whether the platform was opened for them.
+        own_platform: Closed with them.
         options: Further arguments of ``Fleet``.
     """
 
@@ -32,14 +31,11 @@ class Fleets:
         self,
         given: Fleet | None,
         path: Path | None = None,
-        platform: Platform | None = None,
-        *,
-        own_platform: bool = False,
-        options: dict[str, Any] | None = None,
+        own_platform: Platform | None = None,
+        **options: Any,
     ) -> None:
         self._given, self._path = given, path
-        self._platform, self._own_platform = platform, own_platform
-        self._options = dict(options or {})
+        self._own_platform, self._options = own_platform, options
         self._opened: dict[Path, Fleet] = {}
         self._lock = threading.Lock()
 
@@ -59,7 +55,7 @@ class Fleets:
             if folder not in self._opened:
                 again = (folder / "history.sqlite3").exists()
                 start = Fleet.open if again else Fleet
-                self._opened[folder] = start(path=folder, platform=self._platform, **self._options)
+                self._opened[folder] = start(path=folder, **self._options)
             return self._opened[folder]
 
     def experiment_over(self, storage: StorageContext) -> None:
@@ -75,9 +71,8 @@ class Fleets:
         with self._lock:
             while self._opened:
                 self._opened.popitem()[1].close()
-            if self._own_platform and self._platform is not None:
-                self._platform.close()
-                self._own_platform = False
+            if self._own_platform is not None:
+                self._own_platform.close()
 
     def _folder(self, storage: StorageContext) -> Path:
         if self._path is not None:

@@ -68,7 +68,7 @@ class ClassProgram:
             try:
                 self._run(trainable, tune)
             finally:
-                trainable.stop()
+                trainable.stop()  # type: ignore[no-untyped-call]
 
     def _make(self, trial: Trial, tune: TuneSession) -> "Trainable":
         from ray.tune.result import TRIAL_INFO

@@ -56,18 +56,18 @@ def unregister_smlt() -> None:
 def _own_fleets(
     path: str | Path | None, platform: str | Platform, options: dict[str, Any]
 ) -> fleets.Fleets:
-    opened = open_platform(platform)
-    own = isinstance(platform, str)
+    own = open_platform(platform) if isinstance(platform, str) else None
+    options = {**options, "platform": own or platform}
     try:
-        Fleet(platform=opened, **options).close()  # says now what would be wrong later
+        Fleet(**options).close()  # says now what would be wrong later
     except BaseException as error:
-        if own:
-            opened.close()
+        if own is not None:
+            own.close()
         if isinstance(error, TypeError):
             raise InvalidInput(f"register_smlt: {error}") from error
         raise
     folder = None if path is None else Path(path).expanduser().absolute()
-    return fleets.Fleets(None, folder, opened, own_platform=own, options=options)
+    return fleets.Fleets(None, folder, own, **options)
 
 
 def _checked(fleet: Fleet, path: object, platform: object, options: dict[str, Any]) -> Fleet:

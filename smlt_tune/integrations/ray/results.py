@@ -50,7 +50,8 @@ class Pointer:
         Raises:
             InvalidInput: It is no checkpoint of a trial of this kind.
         """
-        metrics, checkpoint = checkpointed.metrics, checkpointed.checkpoint
+        metrics = checkpointed.metrics
+        checkpoint: Any = checkpointed.checkpoint
         if metrics.get("smlt/checkpoint"):
             return cls(metrics["smlt/checkpoint"], metrics["smlt/job"], metrics["smlt/report"])
         try:
@@ -117,7 +118,7 @@ class Results:
             "time_total_s": self._total_s,
             "pid": os.getpid(),
             "hostname": platform.node(),
-            "node_ip": ray.util.get_node_ip_address(),
+            "node_ip": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             "config": self._config,
             "time_since_restore": self._since_restore_s,
             "iterations_since_restore": self._since_restore,
@@ -127,7 +128,7 @@ class Results:
         return filled
 
 
-def write_checkpoint(storage: StorageContext, pointer: Pointer, content: bytes) -> Checkpoint:
+def write_checkpoint(storage: StorageContext, pointer: Pointer, content: bytes) -> Any:
     """Makes the folder that Tune takes for the checkpoint, a new one for each.
 
     Args:

@@ -65,7 +65,7 @@ class TuneSession:
     @property
     def trial_resources(self) -> Any:
         """The ``SmltResources`` of the trial."""
-        from smlt_tune.integrations.ray.resources import SmltResources
+        from smlt_tune.integrations.ray import SmltResources
 
         return SmltResources(**self._resources)
 
