@@ -1,4 +1,4 @@
-"""NNI, imported without its warnings, with a home of its own, and one platform for all its tests."""
+"""NNI without the warnings of its import and with a home of its own; one platform for its tests."""
 
 import logging
 import os
