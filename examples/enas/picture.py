@@ -1,10 +1,10 @@
 """What the search did, candidate by candidate, after figure 13 of the SMLT paper."""
 
-from itertools import pairwise
+POINTS, LINES = "#0b6fb8", "#d1662b"
 
 
 def draw(rows, path):
-    """Throughput, workers and model size, and what they led to.
+    """Model size, workers and their memory, throughput, and what they led to.
 
     Args:
         rows: Of each candidate that was trained: ``number``, ``parameters``, ``workers``,
@@ -18,30 +18,26 @@ def draw(rows, path):
 
     figure, axes = plt.subplots(4, 1, sharex=True, figsize=(8, 8), layout="constrained")
     numbers = [row["number"] for row in rows]
-    shown = [
-        ("parameters", "parameters", "log"),
-        ("memory_mb", "memory of all\nfunctions, MB", "log"),
-        ("samples_per_s", "samples per s", "log"),
-        ("accuracy", "accuracy", "linear"),
-    ]
-    for axis, (name, label, scale) in zip(axes, shown, strict=True):
-        values = [row[name] * (row["workers"] if name == "memory_mb" else 1) for row in rows]
-        axis.scatter(numbers, values, s=14, color="#0b6fb8")
-        axis.set(ylabel=label, yscale=scale)
+    columns = {
+        "parameters": [row["parameters"] for row in rows],
+        "workers": [row["workers"] for row in rows],
+        "samples per s": [row["samples_per_s"] for row in rows],
+        "accuracy": [row["accuracy"] for row in rows],
+    }
+    for axis, (label, values) in zip(axes, columns.items(), strict=True):
+        axis.scatter(numbers, values, s=14, color=POINTS)
+        axis.set_ylabel(label)
         axis.grid(color="#e3e3e3")
-    last = axes[-1]
-    if len(rows) >= 8:
-        width = len(rows) // 4
-        parts = [rows[i : i + width] for i in range(0, 4 * width, width)]
-        means = [sum(row["accuracy"] for row in part) / len(part) for part in parts]
-        for part, mean in zip(parts, means, strict=True):
-            span = part[0]["number"], part[-1]["number"]
-            last.plot(span, [mean, mean], color="#d1662b")
-        for (left, right), (a, b) in zip(pairwise(parts), pairwise(means), strict=True):
-            last.plot([left[-1]["number"], right[0]["number"]], [a, b], color="#d1662b", lw=0.5)
-    workers = axes[1].twinx()
-    workers.step(numbers, [row["workers"] for row in rows], where="mid", color="#d1662b", lw=0.8)
-    workers.set_ylabel("workers", color="#d1662b")
-    last.set_xlabel("candidate")
+    axes[0].set_yscale("log")
+    axes[2].set_yscale("log")
+    memory = axes[1].twinx()
+    memory.step(numbers, [row["memory_mb"] for row in rows], where="mid", color=LINES, lw=0.8)
+    memory.set_ylabel("memory of each, MB", color=LINES)
+    quarter = max(1, len(rows) // 4)
+    for first in range(0, len(rows) - quarter + 1, quarter):
+        part = rows[first : first + quarter]
+        mean = sum(row["accuracy"] for row in part) / quarter
+        axes[3].plot([part[0]["number"], part[-1]["number"]], [mean, mean], color=LINES)
+    axes[3].set_xlabel("candidate; the lines are means of quarters")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -75,6 +75,32 @@ def test_one_after_the_other_each_adds_to_what_it_inherits(fleet, tmp_path):
     assert np.all(np.abs(found - 5 * STEP) < 1)  # the first one began with random numbers below 1
 
 
+def fail_or_diverge(model):
+    """Fails with a width of 8, diverges with one of 4."""
+    weights, width = SharedWeights(model), model.hidden.out_features
+    if width == 8:
+        raise ValueError("too wide")
+    if width == 4:
+        torch.nn.init.constant_(model.out.bias, float("nan"))
+    weights.push()
+    smlt.session().report(accuracy=float(width) if width == 2 else float("nan"))
+
+
+def test_from_children_that_fail_or_diverge_nothing_is_learnt(fleet, tmp_path):
+    strategy = SmltEnas(seed=1)
+    done = run(
+        strategy, fail_or_diverge, tmp_path, fleet=fleet, space=Small(), trials=9,
+        metric="accuracy",
+    )  # fmt: skip
+    widths = [c.sample["width"] for c in done.candidates()]
+    assert set(widths) == {2, 4, 8}
+    assert all(
+        (c.status == ModelStatus.Failed) == (c.sample["width"] == 8) for c in done.candidates()
+    )
+    assert strategy._controller.rewards == widths.count(2)
+    assert shared(fleet, done.id).read(["out.bias"])["out.bias"].version == widths.count(2)
+
+
 def test_below_middlewares_it_finds_the_fleet(fleet, tmp_path):
     strategy = Chain(SmltEnas(seed=1), Deduplication(action="replay"))
     done = run(strategy, add, tmp_path, fleet=fleet, space=Small(), trials=4, metric="accuracy")
