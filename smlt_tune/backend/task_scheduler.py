@@ -515,7 +515,8 @@ class TaskScheduler:
         elif job.plan is not None:
             job.plan.start = start
         else:
-            reason = "resize" if job.resize_to else "time limit"
+            reason = "paused" if job.paused_s > generation.began_s else "time limit"
+            reason = "resize" if job.resize_to else reason
             decision = job.resize_to or Decision(generation.allocation, "")
             job.resize_to = None
             self._plan(job, decision, reason, start, held=generation.allocation.workers)
