@@ -68,17 +68,18 @@ def checkpoints(experiment: NasExperiment, folder: Path) -> Callable[[], None]:
     between; a driver that is killed loses everything that the strategy has learnt.
     """
     set_default_serializer(CheckpointSerializer())
-    broken: list[Exception] = []
+    said: list[str] = []
 
     def save() -> None:
-        if broken:
-            return
         try:
             get_default_serializer().save(experiment.state_dict(), folder / "state.ckpt")
-        except Exception as error:  # noqa: BLE001 - a strategy of the user, which need not be resumable
-            broken.append(error)
+        except Exception as error:  # noqa: BLE001 - a strategy of the user need not be resumable
+            if said:
+                return
+            said.append(str(error))
             LOG.warning(
-                "there will be no checkpoints, so that a killed driver cannot be resumed: %s: %s",
+                "no checkpoint could be made; a driver that is killed is resumed from the last one "
+                "that could: %s: %s",
                 type(error).__name__,
                 error,
             )
@@ -150,7 +151,7 @@ def _adopt_tuner(strategy: HPOTunerStrategy, engine: "SmltExecutionEngine") -> N
         ("final_metric", heard, on_metric),
         ("training_end", ended, on_training_end),
     ):
-        engine.unregister_model_event_callback(kind, old)
-        engine.register_model_event_callback(kind, new)
+        strategy.engine.unregister_model_event_callback(kind, old)
+        strategy.engine.register_model_event_callback(kind, new)
     # It unregisters under these names when it is done.
     strategy.on_metric, strategy.on_training_end = on_metric, on_training_end

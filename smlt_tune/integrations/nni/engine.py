@@ -165,6 +165,7 @@ class SmltExecutionEngine(DispatchingEngine):
                 candidate = Candidate.from_state(number, state, space, jobs)
                 if candidate.over:
                     self._candidates.append(candidate)
+                    self._limits.ended(candidate.cost_usd, "")
                     continue
                 if candidate.job is None:
                     candidate.workload, candidate.error = self._measured(candidate.model)

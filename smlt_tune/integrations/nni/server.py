@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smlt_tune.errors import InvalidInput, JobError, SmltError
+from smlt_tune.errors import JobError, SmltError
 from smlt_tune.integrations.nni.limits import FLEET_IS_OVER
 from smlt_tune.integrations.nni.manager import ManagedTrial
 from smlt_tune.integrations.nni.metrics import LOG, MetricReader
@@ -89,17 +89,29 @@ class TrialServer:
 
     def _serve(self, connection: socket.socket) -> None:
         """The thread of a trial, from its hello to its end."""
-        with connection, connection.makefile("rb") as stream:
-            try:
-                hello = json.loads(stream.readline() or b"{}")
-                if hmac.compare_digest(str(hello.get("token")), self._token):
-                    error = self._run(hello["trial"], hello["channel"], stream)
-                    with suppress(OSError):  # it was cancelled
-                        connection.sendall(json.dumps({"error": error}).encode() + b"\n")
-            except Exception:  # noqa: BLE001 - the boundary of the thread
-                LOG.exception("a trial could not be run")
+        # An OSError: the client is gone, and with it the trial.
+        with connection, connection.makefile("rb") as stream, suppress(OSError):
+            answer = self._answer(stream)
+            if answer is not None:
+                connection.sendall(json.dumps({"error": answer}).encode() + b"\n")
+            connection.shutdown(socket.SHUT_RDWR)
         with self._lock:
             self._trials.discard(threading.current_thread())
+
+    def _answer(self, stream: Any) -> str | None:
+        """Why a trial did not train to its end, or nothing; None to whoever is no client."""
+        try:
+            hello = json.loads(stream.readline())
+            if not hmac.compare_digest(str(hello["token"]), self._token):
+                return None
+            trial, channel = hello["trial"], hello["channel"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        try:
+            return self._run(trial, channel, stream)
+        except Exception as error:  # noqa: BLE001 - the boundary of the thread
+            LOG.exception("trial %s could not be run", trial)
+            return f"{type(error).__name__}: {error}"
 
     def _run(self, trial: str, channel: str, stream: Any) -> str:
         """Runs a trial's job to its end; returns why it did not train to its own."""
@@ -129,7 +141,7 @@ class TrialServer:
         except JobError as error:
             trace = getattr(error, "worker_traceback", "")
             return f"{type(error).__name__}: {error}\n{trace}".strip()
-        except (InvalidInput, SmltError) as error:
+        except SmltError as error:
             job.stop("nobody can use its reports")
             with suppress(JobError):
                 job.result()

@@ -2,12 +2,14 @@
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 from nni.nas import strategy as nas
 from nni.nas.execution.event import ModelEventType
 from nni.nas.experiment import NasExperiment, NasExperimentConfig
 from nni.nas.space import ModelStatus
+from nni.nas.strategy import hpo
 from nni.nas.strategy.base import Strategy
 from nni.nas.strategy.middleware import Chain, FailureHandler, Filter, MultipleEvaluation
 
@@ -281,6 +283,40 @@ def test_an_interrupted_search_is_resumed(tmp_path, shared_platform):
             assert (tmp_path / f"{width}-0").read_text().split() == ["0", "1", "2", "3"]
     assert second._engine.fleet.settled_usd > spent
     second.stop()
+
+
+def test_a_resumed_tuner_is_told_what_it_has_forgotten(fleet, tmp_path, monkeypatch):
+    monkeypatch.setattr(hpo, "time", SimpleNamespace(sleep=lambda _: None))  # NNI's: 1 s per model
+    told = []
+
+    def tpe(interrupt_after=None):
+        strategy = nas.TPE(optimize_mode="maximize", seed=1)
+        generate, imports = strategy.tuner.generate_parameters, strategy.tuner.import_data
+
+        def generate_parameters(number):
+            if number == interrupt_after:
+                raise KeyboardInterrupt
+            return generate(number)
+
+        def import_data(data):
+            told.extend(each["value"] for each in data)
+            imports(data)
+
+        strategy.tuner.generate_parameters = generate_parameters
+        strategy.tuner.import_data = import_data
+        return strategy
+
+    options = {"fleet": fleet, "trials": 6, "concurrency": 2, "id": "forgetful"}
+    arguments = {"folder": str(tmp_path), "seconds": 1.0}
+    first = experiment(tpe(4), slow, tmp_path, arguments=arguments, **options)
+    first.run()
+    assert len(first.candidates()) == 4
+    again = experiment(tpe(), slow, tmp_path, arguments=arguments, **options)
+    again.resume()
+    again.stop()
+    candidates = again.candidates()
+    assert [c.status.value for c in candidates] == ["trained"] * 6
+    assert sorted(told) == sorted(c.metric for c in candidates[:4])
 
 
 def test_a_checkpoint_that_others_could_have_written_is_not_loaded(fleet, tmp_path):
