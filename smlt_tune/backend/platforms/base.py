@@ -1,7 +1,7 @@
 """What the backend knows about a place where functions run.
 
 One essential verb, :meth:`Platform.invoke`. What only some platforms can do is a small protocol of
-its own (:class:`Cancels`, :class:`Scales`), never a method that raises NotImplementedError.
+its own (:class:`Cancels`, :class:`Scales`, ...), never a method that raises NotImplementedError.
 """
 
 import importlib
@@ -166,6 +166,15 @@ class Scales(Protocol):
 
     def cores(self, memory_mb: int) -> float:
         """Real cores that a function of that size may use."""
+
+
+@runtime_checkable
+class Spreads(Protocol):
+    """A platform whose functions may run on other machines than the client."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether they may, as things are: they cannot reach then what only this machine can."""
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -179,7 +179,6 @@ class RayPlatform:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether functions may run on other machines than this one: loopback is not theirs."""
         return self._options.autoscaling or self._cluster.elsewhere
 
     def vcpus(self, memory_mb: int) -> float:
@@ -239,7 +238,7 @@ class RayPlatform:
             running = list(self._executions.values())
             for execution in running:
                 self._end(execution, "the platform was closed")
-        wait([execution.followed for execution in running if execution.followed], 2 * END_S)
+        wait([execution.followed for execution in running if execution.followed])
         if not already:
             with self._lock:
                 self._instances.close(END_S)
@@ -271,16 +270,22 @@ class RayPlatform:
         if execution.accepted is not None:
             execution.actor.cancel(execution.invocation.invocation_id)
         # else it is about to be accepted: see _on_accepted
-        self._loop.call_soon_threadsafe(self._loop.call_later, END_S, self._force_end, execution)
+        self._loop.call_soon_threadsafe(self._end_in_time, execution)
 
     # In the thread that follows what functions say
 
+    def _end_in_time(self, execution: _Execution) -> None:
+        execution.last_resort = self._loop.call_later(END_S, self._force_end, execution)
+
     def _force_end(self, execution: _Execution) -> None:
+        """The actor has not ended what it was told to end: Ray kills it, and nobody waits."""
         with self._lock:
-            if execution.invocation.invocation_id in self._executions:
-                self._instances.drop(execution.actor)
+            self._instances.drop(execution.actor)
+        if execution.following is not None:
+            execution.following.cancel()
 
     async def _follow(self, execution: _Execution, stream: Any) -> None:
+        execution.following = asyncio.current_task()
         result, lost = None, ""
         try:
             async for reference in stream:
@@ -291,8 +296,12 @@ class RayPlatform:
                     execution.write(said)
                 else:
                     result = said
+        except asyncio.CancelledError:  # by _force_end
+            lost = "it did not answer"
         except Exception as error:  # noqa: BLE001 - whatever Ray raises: the actor is lost
             lost = last_line(error)
+        if execution.last_resort is not None:
+            execution.last_resort.cancel()
         with self._lock:
             if result is None:
                 self._instances.drop(execution.actor)
@@ -368,6 +377,8 @@ class _Execution:
         accepted: When its actor had it, seconds.
         ended_because: Why the client has ended it, if it has.
         followed: Done when everything that it says has been read.
+        following: The task that reads it.
+        last_resort: Kills the actor if it does not end it when told to.
     """
 
     invocation: Invocation
@@ -378,6 +389,8 @@ class _Execution:
     accepted: float | None = None
     ended_because: str = ""
     followed: Future[None] | None = None
+    following: asyncio.Task[None] | None = None
+    last_resort: asyncio.TimerHandle | None = None
 
     def write(self, output: bytes) -> None:
         """Appends to the log; one that cannot be written must not end the function."""
@@ -390,8 +403,9 @@ class _Execution:
 
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.platforms.base import Cancels, Platform, Scales
+    from smlt_tune.backend.platforms.base import Cancels, Platform, Scales, Spreads
 
     _: Platform = RayPlatform()
     _cancels: Cancels = RayPlatform()
     _scales: Scales = RayPlatform()
+    _spreads: Spreads = RayPlatform()

@@ -26,6 +26,9 @@ class Cluster:
         address: As for ``ray.init``.
         runtime_env: For ``ray.init``.
 
+    Attributes:
+        asked: What the autoscaler was asked for and has still to provide.
+
     Raises:
         InvalidInput: There is a ``runtime_env``, but this process is connected already.
         PlatformError: Ray is missing or cannot be reached, or a node cannot run functions.
@@ -38,7 +41,7 @@ class Cluster:
             raise PlatformError(f"Ray cannot be imported ({error}): pip install ray") from error
         self.ray: Any = ray
         self._joined = bool(ray.is_initialized())
-        self._asked: list[dict[str, float]] = []
+        self.asked: list[dict[str, float]] = []
         if self._joined and runtime_env:
             raise InvalidInput(
                 "runtime_env: this process is connected to Ray already; give it to ray.init there"
@@ -87,11 +90,11 @@ class Cluster:
 
         Ray keeps one request per cluster, the last one: it stands until another replaces it.
         """
-        if bundles == self._asked:
+        if bundles == self.asked:
             return
         from ray.autoscaler.sdk import request_resources
 
-        self._asked = bundles
+        self.asked = bundles
         request_resources(bundles=bundles)
 
     def close(self) -> None:

@@ -136,8 +136,8 @@ class Instances:
             self.drop(actor)
 
     def ask_for_what_there_is(self) -> None:
-        """Nothing waits for room any more: the cluster may shrink to what is used."""
-        if self._options.autoscaling:
+        """A request that stands may shrink: whoever still waits for room asks again."""
+        if self._cluster.asked:
             self._cluster.ask_for([actor.needs for actor in self._actors])
 
     def _idle(self) -> list[Actor]:

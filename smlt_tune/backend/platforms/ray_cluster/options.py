@@ -115,7 +115,7 @@ class Options:
     def resources(self, memory_mb: int) -> dict[str, float]:
         """What Ray reserves for a function of that size, by Ray's names; memory in bytes."""
         found = {
-            "CPU": max(_STEP, math.ceil(self.cores(memory_mb) / _STEP) * _STEP),
+            "CPU": max(_STEP, round(self.cores(memory_mb), 4)),
             "memory": float((memory_mb + ACTOR_MB) << 20),
         }
         return {**found, "GPU": float(self.gpus)} if self.gpus else found

@@ -9,6 +9,7 @@ iterations' ends like real ones, checkpoints only when workers give a sign of li
 from collections.abc import Callable
 from typing import Any
 
+from smlt_tune.backend.platforms.base import is_positive
 from smlt_tune.backend.platforms.simulated.delivery import Delivery
 from smlt_tune.backend.platforms.simulated.stores import (
     SimulatedObjectStore,
@@ -16,6 +17,7 @@ from smlt_tune.backend.platforms.simulated.stores import (
 )
 from smlt_tune.backend.platforms.simulated.training import SimulatedTraining
 from smlt_tune.backend.platforms.simulated.virtual_time import Timer, VirtualTime
+from smlt_tune.errors import InvalidInput
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.checkpoint import Checkpoints
 from smlt_tune.runtime.position import Position
@@ -121,14 +123,13 @@ class SimulatedGeneration:
             others.remove(worker)
             if not others:
                 del self._workers[worker.spec.rank]
-                self._stall()
+        self._stall_if_incomplete()
         if not self._workers and not self._joining:
             self._finish()
 
     def silenced(self, worker: Delivery) -> None:
         """A function has fallen silent: the others wait for it."""
-        if worker in self._workers.get(worker.spec.rank, []):
-            self._stall()
+        self._stall_if_incomplete()
 
     @property
     def over(self) -> bool:
@@ -145,11 +146,15 @@ class SimulatedGeneration:
 
     def _join(self, worker: Delivery) -> None:
         """A replacement has got the state, if anybody is left who could have given it."""
-        if self._workers and not worker.hung:
-            self._joining.remove(worker)
-            self._workers.setdefault(worker.spec.rank, []).append(worker)
-            self._tell_progress(worker, waiting=False)
-            self._go()
+        if not self._workers or worker.hung:
+            return
+        self._joining.remove(worker)
+        if worker.spec.rank in self._workers:
+            worker.end("returned")  # it was delivered twice
+            return
+        self._workers[worker.spec.rank] = [worker]
+        self._tell_progress(worker, waiting=False)
+        self._go()
 
     # --- what goes on -----------------------------------------------------------------------------
 
@@ -220,6 +225,11 @@ class SimulatedGeneration:
         memory_mb = any_worker.invocation.memory_mb
         slowest = max(min(w.slowness for w in each) for each in self._workers.values())
         median_s = training.iteration_s(self._spec.workers, memory_mb)
+        if not is_positive(median_s):
+            raise InvalidInput(
+                f"SimulatedTraining: iteration_s({self._spec.workers}, {memory_mb}) gave "
+                f"{median_s!r}: must be a number above 0"
+            )
         self._iteration_s = median_s * self._pace(epoch) * slowest
         self._since_s = self._time.monotonic()
         self._epoch_ends = (epoch + 1) * training.iterations
@@ -245,11 +255,11 @@ class SimulatedGeneration:
         self._done += ended
         self._since_s += ended * self._iteration_s
 
-    def _stall(self) -> None:
-        """Somebody is missing: the iteration that goes on is lost, and what else is done too."""
-        self._advance()
-        self._since_s = None
-        if self._begun:
+    def _stall_if_incomplete(self) -> None:
+        """If somebody is missing, what goes on is lost: an iteration, an evaluation, a save."""
+        if self._begun and not self._complete:
+            self._advance()
+            self._since_s = None
             self._doing.cancel()
 
     def _leave_at_boundary(self) -> None:
