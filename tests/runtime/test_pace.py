@@ -95,3 +95,22 @@ def test_other_share_is_that_of_whole_epochs():
     assert pace.other_share() == 6 / 4
     pace.epoch_begins(now + 4, whole=True)
     assert pace.other_share() == (6 + 10) / (4 + 4)
+
+
+def test_waiting_for_the_client_belongs_to_no_iteration_and_no_epoch():
+    pace = Pace(0.0)
+    now = 0.0
+    for _ in range(2):
+        now = epoch(pace, now)
+        pace.held_up(1000.0)  # in the report at its end
+        now += 1000.0
+    pace.epoch_begins(now, whole=True)
+    assert pace.other_share() == 6 / 4
+    pace.loop_begins(now)
+    pace.tick(now)
+    pace.held_up(1000.0)  # in mid-iteration
+    pace.trained(now + 1002.0, whole=True)
+    pace.trained(now + 1004.0, whole=True)
+    pace.tick(now + 1004.0)
+    assert pace.take_chunk() == (1, 2.0, 0.0)  # the disturbed one does not count
+    assert pace.slowest_s < 100
