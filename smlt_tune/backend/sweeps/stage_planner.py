@@ -60,7 +60,9 @@ class Stage:
     Attributes:
         trials: How many run in it.
         options: To choose from, for all of them alike; those with more workers than there are
-            functions are left out.
+            functions are left out. Nothing is gained by thinning them to the front of one trial in
+            time and cost, and something is lost: where functions are scarce, fewer workers for
+            each trial can end the stage sooner than an allocation that is faster and cheaper.
     """
 
     trials: int
@@ -162,7 +164,7 @@ def replan(
     geometric mean of what stages took over what their options said, for time and for cost.
 
     Args:
-        stages: Those that are left.
+        stages: Those that are left, with options as they were before the first plan.
         goal: For the whole sweep.
         over: Stages that are over.
         functions: How many may run at once.
