@@ -155,6 +155,13 @@ def test_trials_that_do_not_fit_at_once_run_in_waves(trials, workers, functions,
     assert plan.cost_usd == trials * 0.5
 
 
+def test_where_functions_are_scarce_fewer_workers_win():
+    large, small = option(4, 10.0, 1.0), option(1, 12.0, 1.1)  # one trial: faster and cheaper
+    stage = Stage(8, (large, small))
+    assert plan_stages([stage], Fastest(), functions=100).stages[0].option == large
+    assert plan_stages([stage], Fastest(), functions=4).stages[0].option == small
+
+
 def test_late_stages_get_more_workers_than_early_ones():
     static = plan_stages([Stage(256, OPTIONS[:1])] * 8, Fastest(), functions=10**4)
     budget = 1.2 * sum(one.trials for one in HALVING) * OPTIONS[0].cost_usd
