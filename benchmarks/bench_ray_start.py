@@ -20,7 +20,7 @@ from bench_start import MEMORY_MB, one_iteration
 from smlt_tune.backend.platforms.base import Invocation
 from smlt_tune.backend.platforms.ray_cluster import RayPlatform
 
-ROUNDS = 1 if common.QUICK else 10
+ROUNDS = 1 if common.QUICK else 5
 
 
 def function(payload):
