@@ -30,7 +30,7 @@ from smlt_tune.backend.history import History
 from smlt_tune.backend.job import PAUSED, Job, JobSpec, JobState, Report
 from smlt_tune.backend.late_policy import LatePolicy, resource_manager
 from smlt_tune.backend.ledger import Entry, Ledger
-from smlt_tune.backend.platforms.base import InvocationResult
+from smlt_tune.backend.platforms.base import InvocationResult, is_positive
 from smlt_tune.backend.platforms.simulated import SimulatedPlatform, SimulatedTraining
 from smlt_tune.backend.platforms.simulated.changing_prices import ChangingPrices
 from smlt_tune.backend.platforms.simulated.stores import URL
@@ -93,11 +93,21 @@ class SimulatedFleet:
         on_report: Callable[[Job, Report], None] | None = None,
         on_end: Callable[[Job], None] | None = None,
     ) -> None:
-        if hang_timeout_s <= platform.options.progress_s:
-            raise InvalidInput(
-                f"hang_timeout_s={hang_timeout_s} must be above the platform's progress_s="
-                f"{platform.options.progress_s}, or every worker is taken for hung"
+        mistakes = [
+            f"{what} must be a number above 0, not {value!r}"
+            for what, value in {"tick_s": tick_s, "deadline_s": deadline_s}.items()
+            if not is_positive(value) and not (what == "deadline_s" and value is None)
+        ]
+        least_s = platform.options.progress_s
+        if not is_positive(hang_timeout_s) or hang_timeout_s <= least_s:
+            mistakes.append(
+                f"hang_timeout_s={hang_timeout_s!r} must be above the platform's progress_s="
+                f"{least_s}, or every worker is taken for hung"
             )
+        if name in platform.listeners:
+            mistakes.append(f"name={name!r}: another fleet on the platform has it")
+        if mistakes:
+            raise InvalidInput(mistakes)
         self._platform, self._time = platform, platform.time
         self._name, self._tick_s = name, tick_s
         self._on_report, self._on_end = on_report, on_end
@@ -227,10 +237,9 @@ class SimulatedFleet:
         bounds = Bounds(workers, memory_mb, min_workers, max_workers, min_memory_mb, max_memory_mb)
         wanted = Cheapest() if goal is None else goal
         mistakes = check(JobFacts(job_id, self._platform.limits, wanted, bounds))
-        if not callable(train):
-            mistakes.append(f"the training function must be callable, got {train!r}")
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", job_id) or job_id in self._states:
-            mistakes.append(f"name={job_id!r} is taken, or not of letters, digits, '.', '_', '-'")
+        mistakes += _mistakes(train, job_id)
+        if job_id in self._states:
+            mistakes.append(f"name={job_id!r} is taken")
         if start_from is not None and not self._known(start_from):
             mistakes.append(f"start_from={start_from!r} is no checkpoint of this fleet, or deleted")
         if mistakes:
@@ -296,7 +305,7 @@ class SimulatedFleet:
     # --- what happens -----------------------------------------------------------------------------
 
     def _ask(self, call: Callable[..., None], *args: Any) -> None:
-        """A request of the driver, who may be called by something that goes on."""
+        """A request of the driver, or to it, which counts as something that goes on."""
 
         def ask() -> None:
             self._asked -= 1
@@ -333,7 +342,7 @@ class SimulatedFleet:
         self._history.append(kind, job_id, body)
         if kind == "report" and self._on_report is not None:
             index = body["index"] - self._states[job_id].spec.first_report
-            self._soon(partial(self._tell_report, job_id, index))
+            self._ask(self._tell_report, job_id, index)
         elif kind == "paused":
             self._unfinished.discard(job_id)
             self._paused.add(job_id)
@@ -345,7 +354,7 @@ class SimulatedFleet:
             self._paused.discard(job_id)
             del self._platform.programs[self._name, job_id]
             if self._on_end is not None:
-                self._soon(partial(self._on_end, self._job(self._states[job_id])))
+                self._ask(self._on_end, self._job(self._states[job_id]))
 
     def _tell_report(self, job_id: str, place: int) -> None:
         state = self._states[job_id]
@@ -411,6 +420,15 @@ class _Happening(threading.Condition):
         if not predicate() and fleet.idle:
             raise UsageError("nothing goes on any more in the simulated fleet: jobs are paused")
         return predicate()
+
+
+def _mistakes(train: object, job_id: object) -> list[str]:
+    mistakes = []
+    if not callable(train):
+        mistakes.append(f"the training function must be callable, got {train!r}")
+    if not isinstance(job_id, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", job_id):
+        mistakes.append(f"name={job_id!r} must consist of letters, digits, '.', '_' and '-'")
+    return mistakes
 
 
 class _Nowhere(PosixPath):
