@@ -9,6 +9,7 @@ from smlt_tune.backend.fleet import Fleet
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.ray import fleets
 from smlt_tune.integrations.ray.attachment import jobs_of
+from smlt_tune.integrations.ray.donations import Donations
 from smlt_tune.integrations.ray.staging import stage
 from smlt_tune.integrations.ray.trial_request import TrialRequest
 from smlt_tune.integrations.ray.tune_session import Trial
@@ -23,6 +24,7 @@ class Experiment:
         self._fleet: Fleet | None = None
         self._storage: Any = None
         self._trial_ids: set[str] = set()
+        self._donations = Donations()
 
     def trial(self, cls: Any, kwargs: dict[str, Any], request: TrialRequest) -> VirtualTrial:
         """Makes a trial of what Tune would make an actor of.
@@ -45,7 +47,7 @@ class Experiment:
             info.trial_id, info.trial_name, storage.experiment_dir_name, config, request.options
         )
         try:
-            return VirtualTrial(fleet, trial, storage, stage(cls), request.options)
+            return VirtualTrial(fleet, trial, storage, stage(cls), request.options, self._donations)
         except InvalidInput as error:
             raise InvalidInput(
                 [f"trial {trial.name}: {mistake}" for mistake in error.mistakes]

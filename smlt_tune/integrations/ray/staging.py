@@ -26,13 +26,13 @@ class Staged:
 
     Attributes:
         program: The training function.
-        data_parallel: Whether it may train on several workers: whether the user's code mentions
-            ``smlt_tune``. Code that does not opens no session.
+        keeps_files: Whether its state can only be in files of its own, and it trains on one worker:
+            the user's code does not mention ``smlt_tune``, so it opens no session.
         is_class: Whether Tune says when it wants to see a checkpoint. The reports of a function do.
     """
 
     program: Program
-    data_parallel: bool
+    keeps_files: bool
     is_class: bool
 
 
@@ -60,14 +60,14 @@ def _stage(trainable: type[Trainable]) -> Staged:
         users_class, parameters = _class_of(trainable)
         content = pickled(users_class, "the trainable")
         refuse_object_refs(users_class, parameters, content)
-        return Staged(ClassProgram(users_class, parameters), data_parallel=False, is_class=True)
+        return Staged(ClassProgram(users_class, parameters), keeps_files=True, is_class=True)
     function, parameters = _function_of(trainable)
     content = pickled(function, "the training function")
     refuse_object_refs(function, parameters, content)
-    uses_session = b"smlt_tune" in content
+    keeps_files = b"smlt_tune" not in content
     call = functools.partial(function, **parameters) if parameters else function
-    program = FunctionProgram(call, keeps_files=not uses_session)
-    return Staged(program, data_parallel=uses_session, is_class=False)
+    program = FunctionProgram(call, keeps_files=keeps_files)
+    return Staged(program, keeps_files=keeps_files, is_class=False)
 
 
 def _function_of(trainable: type[FunctionTrainable]) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -16,6 +16,7 @@ from smlt_tune.backend.fleet import Fleet
 from smlt_tune.backend.job import FINISHED, QUEUED, Job, Report
 from smlt_tune.errors import BudgetExhausted, InvalidInput, JobError, TrainingFunctionError
 from smlt_tune.integrations.ray.attachment import attach
+from smlt_tune.integrations.ray.donations import Donations
 from smlt_tune.integrations.ray.object_refs import object_refs
 from smlt_tune.integrations.ray.results import Pointer, Results, write_checkpoint
 from smlt_tune.integrations.ray.staging import Staged
@@ -33,17 +34,25 @@ class VirtualTrial:
         storage: Where Tune keeps the trial's checkpoints.
         staged: Its program.
         options: Arguments of ``Fleet.submit``.
+        donations: What trials of the experiment may start from.
     """
 
     def __init__(
-        self, fleet: Fleet, trial: Trial, storage: Any, staged: Staged, options: dict[str, Any]
+        self,
+        fleet: Fleet,
+        trial: Trial,
+        storage: Any,
+        staged: Staged,
+        options: dict[str, Any],
+        donations: Donations,
     ) -> None:
-        self._fleet, self.trial, self._staged = fleet, trial, staged
+        self._fleet, self.trial, self._staged, self._donations = fleet, trial, staged, donations
         self._storage = copy.copy(storage)  # it counts checkpoints; Tune counts in its own
-        self._options = options if staged.data_parallel else _on_one_worker(options)
+        self._options = _on_one_worker(options) if staged.keeps_files else options
         self._results = Results(trial.trial_id, trial.config)
         self._start: Pointer | None = None
         self._newest: Pointer | None = None
+        self._saved: Pointer | None = None
         self._job: Job | None = None
         self._reports: Iterator[Report] = iter(())
         self._cursor = 0
@@ -77,13 +86,20 @@ class VirtualTrial:
 
     def save(self) -> _TrainingResult:
         """The checkpoint of the last result; None in it if the program has saved nothing."""
-        checkpoint = None
-        if self._newest is not None:
-            content = b""
-            if not self._staged.data_parallel:  # the user's own files
-                content = self._fleet._checkpoint_at(self._newest.uri)
-            checkpoint = write_checkpoint(self._storage, self._newest, content)
-        return _TrainingResult(checkpoint, self._results.last)
+        newest = self._newest
+        if newest is None:
+            return _TrainingResult(None, self._results.last)
+        # Asked twice for one report, or by a class, it may be a scheduler that asks, on behalf of
+        # other trials.
+        asked_for = newest == self._saved or self._staged.is_class
+        self._saved = newest
+        content = b""
+        if self._staged.keeps_files or asked_for:
+            content = self._fleet._checkpoint_at(newest.uri)
+        if asked_for and not self._results.last["done"]:
+            self._donations.keep(self.trial.trial_id, newest.uri, content)
+        files = content if self._staged.keeps_files else b""
+        return _TrainingResult(write_checkpoint(self._storage, newest, files), self._results.last)
 
     def release(self, *, pause: bool) -> None:
         """Takes the job off its functions, for a while or for good. Returns without waiting."""
@@ -97,7 +113,7 @@ class VirtualTrial:
     def _train(self, answer: Callable[[Any], None]) -> None:
         try:
             answer(self._next_result())
-        except Exception as error:  # noqa: BLE001 - the boundary of the thread
+        except Exception as error:
             self._failed = True
             answer(explained(self.trial.name, error))
 
@@ -122,6 +138,8 @@ class VirtualTrial:
     def _begin(self) -> None:
         if mistakes := object_refs("config", self.trial.config):
             raise InvalidInput(mistakes)
+        if self._start is not None:
+            self._donations.give(self._fleet, self._start.uri)
         with sending_to_functions():
             job = attach(self._fleet, self.trial, self._staged, self._options, self._start)
         with self._lock:

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,14 @@ def cluster():
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def ray_folder():
+    """Where drivers of their own keep their clusters: a short path, which holds Unix sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="smlt-ray-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

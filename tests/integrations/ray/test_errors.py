@@ -1,6 +1,7 @@
 """What goes wrong says which trial it was, what has happened, and what to do."""
 
 import functools
+import re
 import threading
 
 import pytest
@@ -58,22 +59,16 @@ TRIAL = r"trial \w+_\w+: "
 def test_an_error_of_one_trial_is_its_own(fit, trainable, resources, kind, message):
     error, result = error_of(fit(trainable, resources))
     assert isinstance(error.cause, kind)
-    with pytest.raises(kind):
-        raise error.as_instanceof_cause()
-    assert pytest.raises  # the text is what Tune prints
-    text = str(error)
-    assert ray.exceptions.RayTaskError is type(error)
-    import re
-
-    assert re.search(TRIAL, text), text
-    assert re.search(message, text), text
+    assert re.match(TRIAL, str(error))
+    assert re.search(message, str(error))
     assert (result.metrics or {}).get("score") == (1 if trainable is raises else None)
 
 
 def test_what_cannot_be_sent_is_refused_by_name(fit):
     lock, ref = threading.Lock(), ray.put([1])
+    with pytest.raises(TypeError, match="lock"):  # of Tune itself
+        fit(lambda config: lock)
     cases = [
-        (lambda config: lock, "the training function cannot be sent to a worker"),
         (lambda config: ref, "ref is an ObjectRef"),
         (
             functools.partial(lambda config, data: data, data={"x": [ref]}),
@@ -91,11 +86,14 @@ def test_an_object_ref_in_a_configuration_is_refused(fit):
 
 
 def test_without_a_fleet_the_first_trial_says_so(cluster, fleet, tmp_path):
+    def train(config):
+        yield 1
+
     try:
         unregister_smlt()
-        with pytest.raises(InvalidInput, match='trial reports_.* asks for "smlt".* register_smlt'):
+        with pytest.raises(InvalidInput, match=r'trial train_.* asks for "smlt".* register_smlt'):
             tune.run(
-                reports, resources_per_trial=SmltResources(), storage_path=str(tmp_path), verbose=0
+                train, resources_per_trial=SmltResources(), storage_path=str(tmp_path), verbose=0
             )
     finally:
         register_smlt(fleet)
@@ -127,13 +125,13 @@ def test_mistakes_at_registration_are_told_there(fleet):
     with pytest.raises(InvalidInput) as caught:
         register_smlt(platform="lokal", budget_usd=-1.0)
     assert "lokal" in str(caught.value)
-    with pytest.raises(InvalidInput, match="budget_usd(.|\n)*deadline_s"):
+    with pytest.raises(InvalidInput, match=r"budget_usd(.|\n)*deadline_s"):
         register_smlt(platform=fleet.platform, budget_usd=-1.0, deadline_s=0)
     with pytest.raises(InvalidInput, match="budgt"):
         register_smlt(platform=fleet.platform, budgt=1)
-    with pytest.raises(InvalidInput, match="path out(.|\n)*platform out"):
+    with pytest.raises(InvalidInput, match=r"path out(.|\n)*platform out"):
         register_smlt(fleet, path="/tmp", platform=platform)
-    with pytest.raises(SmltError, match="127.0.0.1:1"):
+    with pytest.raises(SmltError, match=r"127\.0\.0\.1:1"):
         register_smlt(platform=fleet.platform, parameter_store="redis://127.0.0.1:1/0")
     closed = smlt.Fleet(platform=fleet.platform)
     closed.close()

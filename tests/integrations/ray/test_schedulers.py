@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("ray.tune")
 
 from ray import tune
+from ray.train._internal.session import _TrainingResult
 from ray.tune import TuneError, schedulers
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pb2 import PB2
@@ -50,7 +51,7 @@ def train(config):
 def steps(notes):
     """Numbers of the steps that were trained, those of several workers once."""
     return sorted(
-        int(line.split()[0]) for line in notes.read_text().splitlines() if "0" == line[-1]
+        int(line.split()[0]) for line in notes.read_text().splitlines() if line[-1] == "0"
     )
 
 
@@ -76,7 +77,9 @@ SCHEDULERS = {
     "FIFO": lambda: None,
     "ASHA": lambda: schedulers.ASHAScheduler(max_t=STEPS, grace_period=2, reduction_factor=2),
     "HyperBand": lambda: schedulers.HyperBandScheduler(max_t=4, reduction_factor=2),
-    "median": lambda: schedulers.MedianStoppingRule(grace_period=2, min_samples_required=2),
+    "median": lambda: schedulers.MedianStoppingRule(
+        "training_iteration", grace_period=2, min_samples_required=2
+    ),
     "PBT": lambda: schedulers.PopulationBasedTraining(perturbation_interval=2, **MUTATIONS),
     "PBT in step": lambda: schedulers.PopulationBasedTraining(
         perturbation_interval=2, synch=True, **MUTATIONS
@@ -114,6 +117,37 @@ def test_an_exploited_trial_goes_on_from_the_donors_weights(search):
     for metrics in forked:  # as many steps as the donor had trained, then its own of length 0
         assert metrics["weight"] in [pytest.approx(steps * 0.5) for steps in (2, 4, 6, 8)]
         assert (metrics["training_iteration"], metrics["epoch"]) == (STEPS, STEPS - 1)
+
+
+def test_a_donor_may_have_trained_on_for_long(search):
+    """A job keeps its last three checkpoints; the donor is five reports beyond what it gave."""
+
+    class Late(schedulers.FIFOScheduler):
+        given = None
+
+        def on_trial_result(self, controller, trial, result):
+            name, done = result["config/lr"], result["training_iteration"]
+            if name == 0.5 and done == 2:
+                self.given = controller._schedule_trial_save(trial, result=result)
+            if name == 0.5 and done == STEPS - 1:
+                Late.metrics = self.given.resolve().metrics
+            first = name == 0.1 and done == 1
+            return TrialScheduler.PAUSE if first else TrialScheduler.CONTINUE
+
+        def choose_trial_to_run(self, controller):
+            for trial in controller.get_trials():
+                if trial.status == "PENDING":
+                    return trial
+                if trial.status == "PAUSED" and hasattr(Late, "metrics"):
+                    manager = trial.run_metadata.checkpoint_manager
+                    manager._latest_checkpoint_result = _TrainingResult(None, Late.metrics)
+                    return trial
+            return None
+
+    results, _ = search(Late(), space={"lr": tune.grid_search([0.5, 0.1])})
+    forked = results[1].metrics
+    assert forked["weight"] == pytest.approx(2 * 0.5 + (STEPS - 2) * 0.1)
+    assert forked["training_iteration"] == STEPS
 
 
 @pytest.mark.parametrize(
