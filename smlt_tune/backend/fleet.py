@@ -321,6 +321,7 @@ class Fleet:
         max_memory_mb: int | None = None,
         store: str | None = None,
         workload: Workload | None = None,
+        profiles: int = 0,
         shards: int = 0,
         seed: int = 0,
         lockstep: bool = False,
@@ -344,6 +345,9 @@ class Fleet:
             store: Pins the parameter store, by its name in the fleet.
             workload: What the job will compute, if that is known: its first allocation then is
                 meant for it. Once it runs, the job says so itself.
+            profiles: How many allocations the job tries first, for some iterations each, where that
+                tells most about all others. Without it the job begins with what is best by all
+                that is known. It trains meanwhile, and pays from the same budget.
             shards: Shards per synchronisation (the paper's m); 0 chooses.
             seed: Everything random in the job derives from it.
             lockstep: ``session.report`` returns only after ``Job.acknowledge`` has said that the
@@ -366,7 +370,14 @@ class Fleet:
         if isinstance(name, str) and name in self._states:
             return self._job(self._states[name])
         bounds = Bounds(
-            workers, memory_mb, min_workers, max_workers, min_memory_mb, max_memory_mb, store
+            workers,
+            memory_mb,
+            min_workers,
+            max_workers,
+            min_memory_mb,
+            max_memory_mb,
+            store,
+            profiles,
         )
         wanted = Cheapest() if goal is None else goal
         job_id = self._free_name() if name is None else name

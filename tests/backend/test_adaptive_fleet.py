@@ -230,6 +230,7 @@ def test_parameter_stores_that_cannot_be(platform, given, mistakes):
             "workload.iterations must be a whole number of at least 1, not -1",
         ),
         ({"min_memory_mb": 2048, "max_memory_mb": 1024}, "min_memory_mb=2048 is more than"),
+        ({"profiles": -2}, "profiles must be a whole number of at least 1, not -2"),
     ],
 )
 def test_submissions_that_cannot_be(fleet, options, mistake):
@@ -364,6 +365,17 @@ def test_with_gpytorch_the_resource_manager_decides(platform, tmp_path):
         job.result(120)
     assert "sibling" in job.decisions[0].reason
     assert job.decisions[0].evidence["siblings"] >= 1
+
+
+def test_a_job_tries_as_many_allocations_as_were_asked_for_and_trains_meanwhile(platform):
+    pytest.importorskip("gpytorch")
+    with smlt.Fleet(platform=platform, budget_usd=1.0) as fleet:
+        job = fleet.submit(growing, memory_mb=1769, max_workers=4, profiles=2)
+        outcome = job.result(120)
+    tried = [d for d in job.decisions if "profile 2 of 2" in d.reason]
+    assert len(tried) == 1
+    assert tried[0].allocation.workers != outcome.allocations[0].workers
+    assert [r.metrics["epoch"] for r in outcome.reports] == [0, 1, 2, 3, 4]
 
 
 # --- rented stores --------------------------------------------------------------------------------

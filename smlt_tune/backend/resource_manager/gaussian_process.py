@@ -14,6 +14,10 @@ With the analytic model g linearised at the most probable theta, J its gradient 
 - ``field``: Matern 5/2 over (ln n, ln m): what the model gets wrong about allocations.
 - ``context``: Matern 5/2 over (ln n, ln m, ln P, ln F, ln B): the same, about models.
 
+A measurement may also be of the time that a worker has computed by itself: the same with g of the
+computation alone and without the fields. So the first measurement of a job tells what more workers
+would bring.
+
 Intervals widen where a machine is less regular than all this assumes: with n measurements y of
 mean m and covariance K, variances are multiplied by (nu + (y - m)' K^-1 (y - m)) / (nu + n) if that
 is above 1 (the posterior scale of a Student-t process; Shah et al., 2014).
@@ -58,16 +62,20 @@ FIELD_SD, FIELD_SCALES = 0.06, (1.5, 1.2)
 CONTEXT_SD, CONTEXT_SCALES = 0.07, (1.5, 1.2, 1.5, 1.5, 1.5)
 #: Noise of one iteration and of any median, as standard deviations of ln t.
 ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.015
+#: Noise of a time of computation: where it ends and waiting begins differs from the model.
+COMPUTATION_NOISE = 0.1
 #: A measurement that lies so many standard deviations above what the others say is a straggler.
 STRAGGLER_Z = 2.5
 _STEPS = 4
 _JITTER = 1e-8
 #: Degrees of freedom of the prior of the scale of all covariances, nu.
 SCALE_DOF = 8.0
-#: Columns of the kernel's inputs: J S0^(1/2), shares of the time, the trial's number, the place.
+#: Columns of the kernel's inputs: J S0^(1/2), shares of the time, the trial's number, whether it is
+#: the whole time, the place.
 _SHARES = len(PRIOR)
 _TRIAL = _SHARES + 2
-_PLACE = _TRIAL + 1
+_WHOLE = _TRIAL + 1
+_PLACE = _WHOLE + 1
 #: The shares carry the trial's standard deviation already.
 _KIND = KIND_SD / TRIAL_COMPUTE_SD
 
@@ -81,16 +89,18 @@ class Measurements:
         ln_s: ln t, shape (p,).
         iterations: Of how many iterations each is the median, shape (p,).
         trials: Whose: equal numbers belong to one trial, shape (p,).
+        whole: Whether it is the whole time, or what a worker has computed by itself, shape (p,).
     """
 
     at: Points
     ln_s: Array
     iterations: Array
     trials: Array
+    whole: NDArray[np.bool_]
 
 
 class AnalyticKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
-    """``J S0 J'`` alone; its inputs are what :func:`features` gives, shape (p, 18)."""
+    """``J S0 J'`` alone; its inputs are what :func:`features` gives, shape (p, 19)."""
 
     #: What the analytic model gets wrong is noise then, as a standard deviation of ln t.
     noise_sd = 0.08
@@ -133,7 +143,8 @@ class TimeKernel(AnalyticKernel):
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         kind = (x[:, _SHARES] * _KIND) ** 2
-        return (x[:, :_TRIAL] ** 2).sum(1) + kind + FIELD_SD**2 + CONTEXT_SD**2
+        fields = x[:, _WHOLE] * (FIELD_SD**2 + CONTEXT_SD**2)
+        return (x[:, :_TRIAL] ** 2).sum(1) + kind + fields
 
     def physics(self, x1: torch.Tensor, x2: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
         """``J S0 J'`` + trial + kind: what depends on theta."""
@@ -156,7 +167,8 @@ class TimeKernel(AnalyticKernel):
         size = len(FIELD_SCALES)
         a, b = x1[:, _PLACE:], x2[:, _PLACE:]
         field = FIELD_SD**2 * self.field.forward(a[:, :size], b[:, :size])
-        return torch.as_tensor(field + CONTEXT_SD**2 * self.context.forward(a, b))
+        context = CONTEXT_SD**2 * self.context.forward(a, b)
+        return torch.as_tensor((field + context) * torch.outer(x1[:, _WHOLE], x2[:, _WHOLE]))
 
 
 def _matern(scales: tuple[float, ...]) -> gpytorch.kernels.Kernel:
@@ -183,13 +195,14 @@ def time_kernel(*, residual: bool = True) -> AnalyticKernel:
     return TimeKernel() if residual else AnalyticKernel()
 
 
-def features(at: Points, times: Times, trials: Array) -> torch.Tensor:
-    """Inputs of the kernel, shape (p, 18).
+def features(at: Points, times: Times, trials: Array, whole: Array) -> torch.Tensor:
+    """Inputs of the kernel, shape (p, 19).
 
     Args:
         at: The points.
         times: What the analytic model says of them, at the theta it is linearised at.
         trials: Numbers of their trials, shape (p,).
+        whole: 1 for the whole time, 0 for what a worker computes by itself, shape (p,).
     """
     logs = [at.workers, at.memory_mb, at.parameters, at.flops, at.batch]
     columns = [
@@ -197,6 +210,7 @@ def features(at: Points, times: Times, trials: Array) -> torch.Tensor:
         TRIAL_COMPUTE_SD * times.compute_share,
         TRIAL_SYNC_SD * (1.0 - times.compute_share),
         trials,
+        whole,
         *(np.log(column) for column in logs),
     ]
     return torch.from_numpy(np.stack(columns, axis=1))
@@ -219,6 +233,7 @@ class GaussianProcess:
         self._kernel = time_kernel(residual=residual)
         self._theta, self._scale = THETA_MEAN, 1.0
         self._noise = noise_sd(measured.iterations) ** 2 + self._kernel.noise_sd**2
+        self._noise = self._noise + np.where(measured.whole, 0.0, COMPUTATION_NOISE**2)
         if len(measured.ln_s):
             self._fit()
             if self._discount_stragglers():
@@ -243,7 +258,7 @@ class GaussianProcess:
         """
         times = self._model(at, self._theta)
         mean = times.ln_s + times.gradient @ (THETA_MEAN - self._theta)
-        x = features(at, times, trials)
+        x = features(at, times, trials, np.ones_like(trials))
         with torch.no_grad():
             variance = self._kernel.variance(x).numpy()
             if len(self._measured.ln_s):
@@ -258,8 +273,9 @@ class GaussianProcess:
         measured, kernel = self._measured, self._kernel
         apart = kinds = None
         for last in (*[False] * (_STEPS - 1), True):
-            times = self._model(measured.at, self._theta)
-            self._x = x = features(measured.at, times, measured.trials)
+            times = self._times(measured)
+            whole = measured.whole.astype(np.float64)
+            self._x = x = features(measured.at, times, measured.trials, whole)
             surprise = measured.ln_s - times.ln_s - times.gradient @ (THETA_MEAN - self._theta)
             with torch.no_grad():
                 if apart is None or kinds is None:  # the same for every theta
@@ -275,6 +291,18 @@ class GaussianProcess:
         count, surprises = len(surprise), float(surprise @ self._weights.numpy())
         # Not narrower: what siblings have in common says less of the next one than it seems.
         self._scale = max(1.0, math.sqrt((SCALE_DOF + surprises) / (SCALE_DOF + count)))
+
+    def _times(self, measured: Measurements) -> Times:
+        """What the analytic model says of what was measured."""
+        times = self._model(measured.at, self._theta)
+        if measured.whole.all():
+            return times
+        own = self._model.computation(measured.at, self._theta)
+        return Times(
+            np.where(measured.whole, times.ln_s, own.ln_s),
+            np.where(measured.whole, times.compute_share, own.compute_share),
+            np.where(measured.whole[:, None], times.gradient, own.gradient),
+        )
 
     def _discount_stragglers(self) -> bool:
         """Adds noise to what is far slower than the other measurements say (leave one out)."""

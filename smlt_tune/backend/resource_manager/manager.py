@@ -128,6 +128,11 @@ class ResourceManager:
                 outlook.restrict(outlook.workers <= max(facts.functions, facts.bounds.min_workers))
             best = outlook.best()
             why = None if best == stay else _why_move(outlook, best, stay)
+            tried = self._book.tried(facts.job_id, facts.workload) | {current}
+            if len(tried) < facts.bounds.profiles:
+                there = outlook.most_promising()
+                if outlook.allocation(there) not in tried:
+                    best, why = there, f"profile {len(tried) + 1} of {facts.bounds.profiles}"
             if why is None:
                 return Decision(current, "nothing is worth a move", outlook.evidence(stay))
             gain, row = outlook.gain(best, stay), outlook.row(stay)

@@ -45,6 +45,8 @@ RISK_SHARE = 0.99
 REFUSED_Z = 3.0
 #: Least probability that the memory is enough.
 FITS = 0.95
+#: Least share of an iteration for computation and for synchronisation to be told apart.
+LEAST_PART = 0.02
 #: Weight of what the goal does not ask for: cheapest still prefers the faster of two equals.
 TIE = 0.05
 #: If the limit cannot be kept, what exceeds it hardly more than the least possible will do, too.
@@ -94,12 +96,17 @@ class Knowledge:
 
         numbers = self.trials()
         timed = [p for p in self.near if not p.out_of_memory and p.iteration_s > 0]
-        grid = Grid.of([p.allocation for p in timed], list(self.stores))
+        # What its workers have computed by themselves: of this job only, to keep matrices small.
+        apart = [p for p in timed if p.job_id == self.facts.job_id and _is_split(p)]
+        every = [*timed, *apart]
+        seconds = [p.iteration_s for p in timed] + [p.iteration_s - p.sync_s for p in apart]
+        grid = Grid.of([p.allocation for p in every], list(self.stores))
         measured = Measurements(
-            at=self.points(grid, [p.workload for p in timed]),
-            ln_s=np.log([p.iteration_s for p in timed]),
-            iterations=np.array([float(p.iterations) for p in timed]),
-            trials=np.array([float(numbers[p.job_id]) for p in timed]),
+            at=self.points(grid, [p.workload for p in every]),
+            ln_s=np.log(seconds),
+            iterations=np.array([float(p.iterations) for p in every]),
+            trials=np.array([float(numbers[p.job_id]) for p in every]),
+            whole=np.arange(len(every)) < len(timed),
         )
         return GaussianProcess(self.model, measured, residual=residual)
 
@@ -181,6 +188,12 @@ class Knowledge:
         """For how long a hand-over holds up training."""
         seen = [p.hold_up_s for p in self.near if p.hold_up_s > 0]
         return float(np.median(seen[:16])) if seen else HOLD_UP_S
+
+
+def _is_split(profile: Profile) -> bool:
+    """Whether it tells computation and synchronisation apart."""
+    waiting = profile.sync_s / profile.iteration_s
+    return profile.allocation.workers > 1 and LEAST_PART < waiting < 1.0 - LEAST_PART
 
 
 def _holdings(workloads: list[Workload], workers: Array, trials: Array) -> Holdings:

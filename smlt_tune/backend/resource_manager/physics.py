@@ -151,15 +151,13 @@ class IterationTime:
             at: Where; p points.
             theta: Of the unknowns, as in ``PRIOR``.
         """
-        kappa, beta, pi, tau, odds, varsigma, omega, big_omega, lam, eta = np.exp(theta)
+        _, _, _, _, odds, varsigma, omega, big_omega, lam, eta = np.exp(theta)
         table, n, many = self._table, at.workers, at.workers > 1
         speed, d_speed = self._speed(at.memory_mb, odds)
         straggling = varsigma * np.sqrt(2.0 * np.log(n))
-        scale = (1.0 + straggling) / speed
-        samples = kappa * at.flops * at.part / table.flops * scale
-        lost = kappa * at.flops * beta / table.flops * scale
-        per_parameter, fixed = pi * at.parameters * scale, tau * scale
-        compute = samples + lost + per_parameter + fixed
+        parts = self._computation(at, theta) * (1.0 + straggling) / speed
+        samples, lost, per_parameter, fixed = parts
+        compute = parts.sum(axis=0)
 
         moved = np.where(many, at.sync_bytes * (3.0 - 2.0 / n), 0.0)
         link = moved / (omega * table.bandwidth)
@@ -187,6 +185,23 @@ class IterationTime:
             axis=1,
         )
         return Times(np.log(total), compute / total, gradient / total[:, None])
+
+    def computation(self, at: Points, theta: Array) -> Times:
+        """The same of what a worker computes by itself, without waiting for the others."""
+        speed, d_speed = self._speed(at.memory_mb, float(np.exp(theta[_INDEX["phi"]])))
+        parts = self._computation(at, theta) / speed
+        samples, lost, per_parameter, fixed = parts
+        total, gradient = parts.sum(axis=0), np.zeros((len(at.workers), len(PRIOR)))
+        columns = [samples + lost, lost, per_parameter, fixed, -total * d_speed]
+        gradient[:, : len(columns)] = np.stack(columns, axis=1) / total[:, None]
+        return Times(np.log(total), np.ones_like(total), gradient)
+
+    def _computation(self, at: Points, theta: Array) -> Array:
+        """Seconds at the speed of one: of samples, lost to small parts, of parameters, fixed."""
+        kappa, beta, pi, tau = np.exp(theta[:4])
+        per_sample = kappa * at.flops / self._table.flops
+        fixed = np.full_like(at.flops, tau)
+        return np.stack([per_sample * at.part, per_sample * beta, pi * at.parameters, fixed])
 
     def _speed(self, memory_mb: Array, odds: float) -> tuple[Array, Array]:
         """s*(m), and the derivative of its logarithm by the logarithm of the odds of phi."""

@@ -31,6 +31,7 @@ class Bounds:
         min_memory_mb: Smallest memory to choose, MB; None for what the platform offers.
         max_memory_mb: Largest memory to choose, MB; None for what the platform offers.
         store: Pinned parameter store, by its name in the fleet, or None to have it chosen.
+        profiles: How many allocations to try first, where that tells most.
     """
 
     workers: int | None = None
@@ -40,6 +41,7 @@ class Bounds:
     min_memory_mb: int | None = None
     max_memory_mb: int | None = None
     store: str | None = None
+    profiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,8 @@ def check(facts: JobFacts) -> list[str]:
     }
     # What is no number cannot be compared.
     mistakes = not_counts({name: value for name, value in given.items() if value is not None})
+    if bounds.profiles != 0:
+        mistakes += not_counts({"profiles": bounds.profiles})
     mistakes = mistakes or (
         _check_workers(bounds, facts.limits) + _check_memory(bounds, facts.limits)
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from smlt_tune.backend.resource_manager.observations import Profile, Workload
+from smlt_tune.backend.resource_manager.observations import Allocation, Profile, Workload
 from smlt_tune.backend.resource_manager.physics import sample_flops
 
 #: Observations that enter a decision.
@@ -40,6 +40,12 @@ class ProfileBook:
         self._coordinates[number] = _coordinates(work)
         self._function_of[number] = self._functions.setdefault(work.function, len(self._functions))
         self._of_job.setdefault(profile.job_id, []).append(number)
+
+    def tried(self, job_id: str, workload: Workload) -> set[Allocation]:
+        """The allocations on which a job has computed this before."""
+        own = (self._profiles[i] for i in self._of_job.get(job_id, []))
+        alike = (workload.features, workload.batch)
+        return {p.allocation for p in own if (p.workload.features, p.workload.batch) == alike}
 
     def typical(self) -> Workload | None:
         """Of the trial in the middle of all, to stand for one that nothing is known of."""

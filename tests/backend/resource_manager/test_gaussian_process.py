@@ -35,9 +35,11 @@ def places(rng, size, parameters=None):
     )
 
 
-def measurements(at, ln_s, trials, iterations=10):
+def measurements(at, ln_s, trials, iterations=10, whole=None):
     size = len(ln_s)
-    return gp.Measurements(at, ln_s, np.full(size, float(iterations)), np.asarray(trials, float))
+    of, every = np.full(size, float(iterations)), np.ones(size, dtype=bool)
+    whole = every if whole is None else np.asarray(whole)
+    return gp.Measurements(at, ln_s, of, np.asarray(trials, float), whole)
 
 
 def nothing():
@@ -74,11 +76,11 @@ def test_the_posterior_is_that_of_an_exact_gp_of_gpytorch():
     (mean_at, times_at), (mean_there, times_there) = shift(at), shift(there)
     noise = torch.from_numpy(gp.noise_sd(np.full(12, 10.0)) ** 2)
     likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(noise)
-    x = gp.features(at, times_at, trials.astype(float))
+    x = gp.features(at, times_at, trials.astype(float), np.ones(12))
     exact = Exact(x, torch.from_numpy(ln_s - mean_at), likelihood).double()
     exact.eval()
     with torch.no_grad():
-        posterior = exact(gp.features(there, times_there, np.full(30, 2.0)))
+        posterior = exact(gp.features(there, times_there, np.full(30, 2.0), np.ones(30)))
     assert mean == pytest.approx(mean_there + posterior.mean.numpy(), abs=1e-5)
     assert sd == pytest.approx(fitted.scale * posterior.stddev.numpy(), rel=1e-4)
 
@@ -116,6 +118,21 @@ def test_intervals_cover_what_they_say():
         mean, sd = process.predict(there, np.full(each, float(trials)))
         covered += list(np.abs(ln_s[~seen] - mean) < norm.ppf(0.975) * np.hypot(sd, 0.015))
     assert 0.88 <= np.mean(covered) <= 1.0
+
+
+@pytest.mark.parametrize("synchronising", [0.2, 0.8])
+def test_the_computation_of_one_measurement_tells_what_more_workers_would_bring(synchronising):
+    at = places(np.random.default_rng(5), 3, 2e6)
+    at = replace(at, workers=np.array([4.0, 1.0, 8.0]), memory_mb=np.full(3, 1769.0))
+    here = Points(*(column[:1] for column in vars(at).values()))
+    twice = Points(*(np.repeat(column[:1], 2) for column in vars(at).values()))
+    whole = gp.GaussianProcess(MODEL, measurements(here, np.zeros(1), [0]))
+    parts = measurements(twice, np.log([1.0, 1.0 - synchronising]), [0, 0], whole=[True, False])
+    split = gp.GaussianProcess(MODEL, parts)
+    (_, alone, many), sd = split.predict(at, np.zeros(3))
+    assert (sd[1:] < whole.predict(at, np.zeros(3))[1][1:]).all()
+    # Of the second, 4 workers synchronise most of the time: one alone is hardly slower.
+    assert alone - many > 1.0 if synchronising == 0.2 else alone - many < 0.3
 
 
 def test_siblings_and_own_measurements_narrow_the_prediction():

@@ -130,6 +130,24 @@ def test_own_measurements_bring_it_nearer():
     assert cost <= 1.12 * oracle(goal, work)
 
 
+def test_profiles_that_are_asked_for_are_made_where_they_tell_most_and_then_no_more():
+    goal, work = Cheapest(4000.0), workload(3_000_000)
+    policy, bounds = manager(), Bounds(profiles=3)
+    at, tried, reasons = policy.first(facts("new", goal, work, bounds=bounds)).allocation, [], []
+    for left in range(1900, 1500, -100):
+        tried.append(at)
+        policy.observe(profile("new", work, at))
+        decision = policy.review(
+            facts("new", goal, work, bounds=bounds, allocation=at, iterations_left=left)
+        )
+        at, reasons = decision.allocation, [*reasons, decision.reason]
+    assert len(set(tried[:3])) == 3
+    assert [
+        f"profile {n} of 3" in reason for n, reason in zip((2, 3), reasons[:2], strict=True)
+    ] == [True, True]
+    assert not any("profile" in reason for reason in reasons[2:])
+
+
 @pytest.mark.parametrize(
     ("bounds", "holds"),
     [

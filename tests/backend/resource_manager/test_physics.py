@@ -95,6 +95,21 @@ def test_the_gradient_is_the_slope(workers, memory_mb, parameters, batch, seed):
         assert gradient[i] == pytest.approx(slope, abs=1e-6)
 
 
+@pytest.mark.parametrize("i", range(len(PRIOR)), ids=list(PRIOR))
+def test_the_derivative_of_computation_is_its_slope(i):
+    model, at, where = IterationTime(TABLE), point(6, 4000.0), THETA_MEAN + 0.1
+    step = 1e-5 * (np.arange(len(PRIOR)) == i)
+    up, down = (model.computation(at, where + sign * step).ln_s[0] for sign in (1, -1))
+    assert model.computation(at, where).gradient[0, i] == pytest.approx(
+        (up - down) / 2e-5, abs=1e-6
+    )
+
+
+def test_a_worker_alone_does_nothing_but_compute():
+    model, at = IterationTime(TABLE), point(1)
+    assert model.computation(at, THETA_MEAN).ln_s == pytest.approx(model(at, THETA_MEAN).ln_s)
+
+
 def test_shares_add_up_to_the_whole():
     one, many = vars(point(1)).values(), vars(point(8)).values()
     at = Points(*(np.concatenate(pair) for pair in zip(one, many, strict=True)))

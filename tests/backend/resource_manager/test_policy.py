@@ -91,6 +91,7 @@ def test_a_running_job_stays_as_it_is():
         (facts(memory_mb=10241), [f"memory_mb=10241 {NOT_OFFERED}"]),
         (facts(workers=0), ["workers must be a whole number of at least 1, not 0"]),
         (facts(workers=True), ["workers must be a whole number of at least 1, not True"]),
+        (facts(profiles=-1), ["profiles must be a whole number of at least 1, not -1"]),
         (facts(min_workers=1.5), ["min_workers must be a whole number of at least 1, not 1.5"]),
         (facts(max_workers="9"), ["max_workers must be a whole number of at least 1, not '9'"]),
         (facts(min_memory_mb=64), [f"min_memory_mb=64 {NOT_OFFERED}"]),
