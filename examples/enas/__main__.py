@@ -85,7 +85,7 @@ def search(options, fleet, sizes):
     return experiment.candidates()
 
 
-def row(candidate, samples):
+def row(candidate):
     """What the table and the picture show of a candidate that was trained."""
     outcome, last = candidate.job.result(), candidate.allocations[-1]
     features = candidate.workload.features
@@ -96,7 +96,7 @@ def row(candidate, samples):
         "workers": last.workers,
         "memory_mb": last.memory_mb,
         "seconds": outcome.duration_s,
-        "samples_per_s": samples / outcome.duration_s,
+        "samples_per_s": outcome.metrics["samples_per_s"],
         "cost_usd": candidate.cost_usd,
         "accuracy": candidate.metric,
         "sample": json.dumps(candidate.sample),
@@ -124,7 +124,7 @@ def main():
         trained = [c for c in candidates if c.metric is not None]
         if not trained:
             raise SystemExit("no candidate was trained: " + "; ".join(c.error for c in candidates))
-        rows = [row(c, sizes["samples"]) for c in trained]
+        rows = [row(c) for c in trained]
         save(rows, options.out)
         best = max(trained, key=lambda candidate: candidate.metric)
         print(

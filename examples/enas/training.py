@@ -15,6 +15,7 @@ import smlt_tune as smlt
 from examples.enas.spaces import SPACES
 from examples.fashion import load_images
 from smlt_tune.integrations.nni.enas import SharedWeights
+from smlt_tune.runtime.clock import SYSTEM_CLOCK
 
 #: Characters that are told apart in the text; all others are the last one.
 SYMBOLS = "\n !\"'()*+,-./0123456789:;=>ABCDEFGHIJLMNOPRSTUW[]_`abcdefghijklmnopqrstuvwxyz{}"[:63]
@@ -59,9 +60,11 @@ def search_candidate(model, kind, samples, of_samples, test_samples, batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     session.prepare(model, optimizer, weights)
     for _ in session.epochs(1):
+        began_s = SYSTEM_CLOCK.monotonic()
         train_epoch(session, model, optimizer, train, batch_size)
+        speed = len(train[0]) / (SYSTEM_CLOCK.monotonic() - began_s)
         weights.push()
-        session.report(accuracy=accuracy(session, model, search))
+        session.report(accuracy=accuracy(session, model, search), samples_per_s=speed)
 
 
 def train_from_scratch(config):

@@ -13,12 +13,12 @@ import torch
 
 pytest.importorskip("nni")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # as in tests/integrations/nni/conftest.py
     from nni.nas.space import SimplifiedModelSpace
 
-from examples.enas.spaces import SPACES
-from examples.enas.training import load_data, some_of
-from smlt_tune.integrations.nni.enas.names import model_space, supernet_names
+    from examples.enas.spaces import SPACES
+    from examples.enas.training import load_data, some_of
+    from smlt_tune.integrations.nni.enas.names import model_space, supernet_names
 
 ROOT = Path(__file__).parents[2]
 INPUTS = {
