@@ -380,6 +380,15 @@ def draw(rows, facts):
     common.save_figure(fig, "stages", facts)
 
 
+def rounded(value):
+    """Six digits of every number in it."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def main():
     facts, begun = common.machine(), time.monotonic()
     rows = []
@@ -412,15 +421,17 @@ def main():
     common.save(
         "stages",
         facts,
-        {
-            "trials": trials_of_stages(),
-            "epochs": EPOCHS,
-            "claims": said,
-            "summaries": found,
-            "replanning": replanned,
-            "wall_s": round(time.monotonic() - begun),
-            "rows": rows,
-        },
+        rounded(
+            {
+                "trials": trials_of_stages(),
+                "epochs": EPOCHS,
+                "claims": said,
+                "summaries": found,
+                "replanning": replanned,
+                "wall_s": round(time.monotonic() - begun),
+                "rows": rows,
+            }
+        ),
     )
     draw(rows, facts)
 
