@@ -107,6 +107,7 @@ def test_no_step_is_trained_that_no_scheduler_consumes(search, name):
 def test_an_exploited_trial_goes_on_from_the_donors_weights(search):
     scheduler = schedulers.PopulationBasedTraining(
         perturbation_interval=2,
+        synch=True,
         quantile_fraction=0.5,
         resample_probability=1.0,
         hyperparam_mutations={"lr": [0.0]},
