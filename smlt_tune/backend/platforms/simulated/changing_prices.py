@@ -1,6 +1,6 @@
 """Prices that change while a simulation goes on."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from typing import Any, Self
 
@@ -33,8 +33,9 @@ class ChangingPrices(Prices):
                 from then on; ascending.
             clock: Time.
         """
+        now = {each.name: getattr(prices, each.name) for each in fields(Prices)}
         later = [(at_s, _times(prices, factor)) for at_s, factor in changes]
-        return cls(**vars(prices), lists=((clock.monotonic(), prices), *later), clock=clock)
+        return cls(**now, lists=((clock.monotonic(), prices), *later), clock=clock)
 
     def invocation_usd(self, *args: Any, **kwargs: Any) -> float:
         """By the list that is in force."""
