@@ -21,6 +21,7 @@ matters little.
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
@@ -47,6 +48,7 @@ from examples.enas.spaces import Macro
 from examples.enas.training import accuracy, some_of, train_epoch
 from examples.fashion import read_digits
 from smlt_tune.backend.platforms.local import LocalPlatform
+from smlt_tune.backend.platforms.local.options import PRELOAD
 from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
 from smlt_tune.integrations.nni import SmltNasExperiment
 from smlt_tune.integrations.nni.enas import SharedWeights, SmltEnas
@@ -62,6 +64,8 @@ SEEDS, CANDIDATES = (range(1), 8) if common.QUICK else (range(5), 100)
 STEPS, BATCH, EPOCHS = 16, 48, 1 if common.QUICK else 12
 TRAIN, JUDGE = 1077, 360
 MEMORY_MB = 1769
+#: What functions need besides: loaded once.
+NEEDED = ("nni.nas.nn.pytorch", "nni.nas.evaluator", "smlt_tune.integrations.nni.enas")
 
 
 def digits():
@@ -190,10 +194,13 @@ def draw(results, facts):
 
 
 def main():
+    logging.getLogger("nni").setLevel(logging.WARNING)
     facts, began = common.machine(), time.monotonic()
     results = []
     cores = len(os.sched_getaffinity(0))
-    with LocalPlatform(concurrency=4, cores_per_vcpu=cores / 4 - 0.05, billing="cpu") as platform:
+    with LocalPlatform(
+        concurrency=4, cores_per_vcpu=cores / 4 - 0.05, billing="cpu", preload=(*PRELOAD, *NEEDED)
+    ) as platform:
         warm_up(platform)
         for seed in SEEDS:
             runs = {arm: search(platform, arm, seed) for arm in ARMS}

@@ -10,6 +10,7 @@ import csv
 import json
 import logging
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 with warnings.catch_warnings():
@@ -21,6 +22,8 @@ import smlt_tune as smlt
 from examples.enas.picture import draw
 from examples.enas.spaces import SPACES
 from examples.enas.training import load_data, search_candidate, train_from_scratch
+from smlt_tune.backend.platforms.local import LocalPlatform
+from smlt_tune.backend.platforms.local.options import PRELOAD
 from smlt_tune.integrations.nni import SmltNasExperiment
 from smlt_tune.integrations.nni.enas import SmltEnas
 
@@ -85,6 +88,15 @@ def search(options, fleet, sizes):
     return experiment.candidates()
 
 
+def platform(options, stack):
+    """The platform by its name; the local one loads NNI once and not in every function."""
+    if options.platform != "local":
+        return options.platform
+    needed = ("nni.nas.nn.pytorch", "nni.nas.evaluator", "smlt_tune.integrations.nni.enas")
+    functions = max(options.concurrency, options.max_workers)
+    return stack.enter_context(LocalPlatform(concurrency=functions, preload=(*PRELOAD, *needed)))
+
+
 def row(candidate):
     """What the table and the picture show of a candidate that was trained."""
     outcome, last = candidate.job.result(), candidate.allocations[-1]
@@ -117,9 +129,10 @@ def main():
     logging.getLogger("nni").setLevel(logging.WARNING)
     options.out.mkdir(parents=True, exist_ok=True)
     sizes = SMALL if options.small else SIZES[options.space]
-    with smlt.Fleet(
-        platform=options.platform, budget_usd=options.budget, project=options.out
-    ) as fleet:
+    with ExitStack() as stack:
+        where = platform(options, stack)
+        fleet = smlt.Fleet(platform=where, budget_usd=options.budget, project=options.out)
+        stack.enter_context(fleet)
         candidates = search(options, fleet, sizes)
         trained = [c for c in candidates if c.metric is not None]
         if not trained:
