@@ -25,6 +25,7 @@ def search(options):
     """Trains the population; gives Tune's results."""
     register_smlt(platform="local", budget_usd=options.budget)
     scheduler = PopulationBasedTraining(
+        time_attr="training_iteration",
         perturbation_interval=options.interval,
         quantile_fraction=0.5,
         hyperparam_mutations={"lr": tune.loguniform(1e-4, 3e-2)},

@@ -91,7 +91,9 @@ def test_without_a_fleet_the_first_trial_says_so(cluster, fleet, tmp_path):
 
     try:
         unregister_smlt()
-        with pytest.raises(InvalidInput, match=r'trial train_.* asks for "smlt".*register_smlt first'):
+        with pytest.raises(
+            InvalidInput, match=r'trial train_.* asks for "smlt".*register_smlt first'
+        ):
             tune.run(
                 train, resources_per_trial=SmltResources(), storage_path=str(tmp_path), verbose=0
             )
