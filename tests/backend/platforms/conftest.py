@@ -1,4 +1,4 @@
-"""A Ray cluster of one node that all tests of a process share: it takes seconds to start."""
+"""A Ray cluster of one node that all tests of a module share: it takes seconds to start."""
 
 import shutil
 import tempfile
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a process is connected to one cluster: others want theirs
 def ray_cluster():
     """``ray.cluster_utils.Cluster`` that this process is connected to; nothing of it stays.
 
