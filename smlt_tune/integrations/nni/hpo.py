@@ -61,7 +61,8 @@ class SmltExperiment(Experiment):  # type: ignore[misc]
         **bounds: Any,
     ) -> None:
         super().__init__(config or ExperimentConfig("local"), id)
-        mistakes = [] if callable(train) else [f"train={train!r}: expected the training function"]
+        given: object = train
+        mistakes = [] if callable(given) else [f"train={given!r}: expected the training function"]
         unknown = sorted(set(bounds) - set(Bounds.__dataclass_fields__))
         mistakes += [f"{name}= is no bound of a job" for name in unknown]
         if not unknown:

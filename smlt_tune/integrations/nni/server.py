@@ -122,10 +122,10 @@ class TrialServer:
             return str(error)
         watch = threading.Thread(target=_stop_with_client, args=(stream, job), daemon=True)
         watch.start()
-        error = self._follow(job, managed, trial)
-        if error:
-            LOG.warning("trial %s (%s): %s", trial, job.job_id, error)
-        return error
+        why = self._follow(job, managed, trial)
+        if why:
+            LOG.warning("trial %s (%s): %s", trial, job.job_id, why)
+        return why
 
     def _follow(self, job: "Job", managed: ManagedTrial, trial: str) -> str:
         reader = MetricReader(self._metric)
