@@ -73,7 +73,7 @@ def search(options, fleet, sizes):
     # What is known of a candidate before it starts: the size of its model, and how long it trains.
     engine.dummy_input = [BATCH_SIZE, *first.shape[1:]]
     engine.dummy_dtype = str(first.dtype).removeprefix("torch.")
-    engine.iterations = -(-sizes["samples"] // BATCH_SIZE)
+    engine.iterations = -(-min(sizes["samples"], len(first)) // BATCH_SIZE)
     evaluator = FunctionalEvaluator(
         search_candidate, kind=options.space, batch_size=BATCH_SIZE, **sizes
     )
