@@ -41,6 +41,7 @@ from smlt_tune.backend.resource_manager.observations import (
     Decision,
     Profile,
 )
+from smlt_tune.backend.resource_manager.physics import worker_bytes
 from smlt_tune.backend.resource_manager.policy import AllocationPolicy, JobFacts
 from smlt_tune.errors import (
     BudgetExhausted,
@@ -1130,18 +1131,14 @@ class TaskScheduler:
         return share
 
     def _store_load(self, job: Record) -> dict[str, float]:
-        """What the other jobs move through each store, bytes per second.
-
-        A worker of n sends M and fetches 2 M (1 - 1/n) bytes per iteration (SMLT 3.3, m = n).
-        """
+        """What the other jobs move through each store, bytes per second."""
         load = dict.fromkeys((DEFAULT_STORE, *self._gradient_stores), 0.0)
         for other in self._active.values():
             at = other.current.allocation if other.current else None
             if other is job or at is None or other.workload is None or not other.iteration_s:
                 continue
-            if at.workers > 1:
-                moved = (3 * at.workers - 2) * other.workload.features.gradient_bytes
-                load[at.store] = load.get(at.store, 0.0) + moved / other.iteration_s
+            moved = at.workers * worker_bytes(other.workload.features.gradient_bytes, at.workers)
+            load[at.store] = load.get(at.store, 0.0) + moved / other.iteration_s
         return load
 
 

@@ -5,7 +5,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from smlt_tune.runtime import aggregator, handover, wire
 from smlt_tune.runtime.handover import Membership
@@ -15,13 +14,9 @@ from tests.runtime.programs import PROGRAMS
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quick(monkeypatch, one_thread):
     monkeypatch.setattr(aggregator, "LOOK_AROUND_S", 0.01)
     monkeypatch.setattr(handover, "LAST_WORD_S", 0.5)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from smlt_tune.runtime import wire
 from smlt_tune.runtime.checkpoint import KEEP_OF_REPORTS
@@ -7,21 +6,7 @@ from smlt_tune.runtime.session import Session
 from tests.runtime.harness import Job
 from tests.runtime.programs import PROGRAMS
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For the speed of tests: threads of tiny sums wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def job(valkey, tmp_path):
-    job = Job(valkey, tmp_path)
-    yield job
-    job.close()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

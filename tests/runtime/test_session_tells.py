@@ -8,7 +8,6 @@ import smlt_tune as smlt
 from smlt_tune.runtime import wire
 from smlt_tune.runtime.session import Home, Session
 from smlt_tune.runtime.stores.redis_store import RedisStore
-from tests.runtime.harness import Job
 from tests.runtime.programs import DATA, PROGRAMS, X, Y, accuracy, net, step, weights
 
 # Of programs.net: linear 4 to 5, batch norm, linear 5 to 3. The batch needs no gradient.
@@ -18,20 +17,7 @@ GRADIENT_BYTES = 4 * (PARAMETERS + 2 * 5 + 2)
 FLOPS = 2 * 2 * 4 * 5 + 3 * 2 * 5 * 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For the speed of tests: threads of tiny sums wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def job(valkey, tmp_path):
-    job = Job(valkey, tmp_path)
-    yield job
-    job.close()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(*, epochs=3, batch_size=11, around=None, wrap=lambda model: model):

@@ -115,7 +115,10 @@ def free_bandwidth(store: StoreTable, load: float) -> float:
 
 
 def worker_bytes(gradient_bytes: float, workers: int) -> float:
-    """What one worker sends and receives per synchronisation: 3 M - 2 M / n bytes."""
+    """What one worker sends and receives per synchronisation (SMLT 3.3, m = n).
+
+    It sends M and fetches 2 M (1 - 1 / n) bytes.
+    """
     return gradient_bytes * (3.0 - 2.0 / workers) if workers > 1 else 0.0
 
 
