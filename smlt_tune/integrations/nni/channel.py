@@ -18,7 +18,7 @@ from nni.runtime.trial_command_channel import (
 
 import smlt_tune as smlt
 from smlt_tune.errors import InvalidInput, UsageError
-from smlt_tune.integrations.nni import trial_function
+from smlt_tune.integrations.nni import job_parameters
 from smlt_tune.integrations.nni.metrics import DEFAULT, FINAL, INTERMEDIATE, KIND
 
 
@@ -27,7 +27,7 @@ class SessionChannel(TrialCommandChannel):  # type: ignore[misc]
 
     def receive_parameter(self) -> dict[str, Any]:
         """The job's parameters, as often as it asks."""
-        return {"parameter_id": 0, "parameters": trial_function.parameters_of_job}
+        return {"parameter_id": 0, "parameters": job_parameters.parameters_of_job}
 
     def send_metric(
         self, type: str, parameter_id: int | None, trial_job_id: str, sequence: int, value: Any
@@ -71,7 +71,7 @@ def trial_api(parameters: Any) -> Iterator[None]:
     try:
         set_default_trial_command_channel(SessionChannel())
         trial._params, trial._intermediate_seq = None, 0
-        with trial_function.given(parameters):
+        with job_parameters.given(parameters):
             yield
     finally:
         trial._params, trial._intermediate_seq = before

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-#: What ``nni.get_next_parameter()`` gives in the job that this process runs.
-parameters_of_job: Any = {}
+from smlt_tune.integrations.nni.job_parameters import given
 
 _VARIABLE = "NNI_TRIAL_COMMAND_CHANNEL"
 _CHANNEL = "import://smlt_tune.integrations.nni.channel.SessionChannel"
@@ -33,17 +32,6 @@ class TrialFunction:
                 return self.train(parameters)
         with given(parameters), _channel_for_nni():
             return self.train(parameters)
-
-
-@contextmanager
-def given(parameters: Any) -> Iterator[None]:
-    """Within it, these are the job's parameters."""
-    global parameters_of_job
-    before, parameters_of_job = parameters_of_job, parameters
-    try:
-        yield
-    finally:
-        parameters_of_job = before
 
 
 @contextmanager
