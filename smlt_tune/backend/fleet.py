@@ -38,7 +38,7 @@ from smlt_tune.backend.job import (
 from smlt_tune.backend.late_policy import LatePolicy, planner, resource_manager
 from smlt_tune.backend.ledger import Entry, Ledger
 from smlt_tune.backend.platforms import open_platform
-from smlt_tune.backend.platforms.base import InvocationResult, Platform
+from smlt_tune.backend.platforms.base import InvocationResult, Platform, Spreads
 from smlt_tune.backend.prices import Prices, load_prices
 from smlt_tune.backend.profiles import open_profiles
 from smlt_tune.backend.resource_manager.observations import (
@@ -91,7 +91,8 @@ class Fleet:
     Use it as a context manager: leaving it stops what still runs and frees everything.
 
     Args:
-        platform: ``"local"``, ``"inline"``, or a platform object, which outlives the fleet.
+        platform: ``"local"``, ``"inline"``, ``"ray"``, or a platform object, which outlives the
+            fleet.
         budget_usd: What everything together may cost, USD; None for no limit. Never exceeded.
         deadline_s: When everything has to be over, seconds from now; None for never.
         path: Folder for history, logs and (by default) objects, to look at or reopen later; None
@@ -159,6 +160,10 @@ class Fleet:
                 options,
                 project or path,
                 clock,
+                own_stores={
+                    **({} if parameter_store else {"parameter_store": "redis://host:6379/0"}),
+                    **({} if object_store else {"object_store": "s3://bucket/prefix"}),
+                },
                 resume=_resume,
             )
             url = embedded.url if embedded else str(parameter_store)
@@ -735,6 +740,7 @@ class _Parts:
         project: str | Path | None,
         clock: Clock,
         *,
+        own_stores: Mapping[str, str],
         resume: bool,
     ) -> Self:
         """Opens everything, or raises one InvalidInput that lists all mistakes."""
@@ -746,6 +752,7 @@ class _Parts:
             found["platform"] = open_platform(platform)
             if isinstance(platform, str):
                 stack.callback(found["platform"].close)
+            mistakes += _out_of_reach(found["platform"], own_stores)
         with _collected(mistakes):
             found["stores"] = read_given(stores, found.get("prices"))
         if project is not None and "platform" in found:
@@ -764,6 +771,23 @@ class _Parts:
         if mistakes:
             raise InvalidInput(mistakes)
         return cls(**found)
+
+
+def _out_of_reach(platform: Platform, own_stores: Mapping[str, str]) -> list[str]:
+    """Functions on other machines reach nothing that only this one can.
+
+    Args:
+        platform: Where they run.
+        own_stores: Arguments that were left to the fleet, which then takes this machine's own
+            store; with an example of each.
+    """
+    if not (isinstance(platform, Spreads) and platform.elsewhere):
+        return []
+    return [
+        f"{name} must be given, because functions run on other machines too and cannot reach "
+        f"the one that a fleet makes for itself: {name}={example!r}, say"
+        for name, example in own_stores.items()
+    ]
 
 
 def _open_project(folder: str | Path, fingerprint: str, stack: ExitStack) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 import smlt_tune as smlt
 from smlt_tune.backend.embedded_store import EmbeddedStore
+from smlt_tune.backend.platforms.inline import InlinePlatform
 from smlt_tune.errors import (
     FleetClosed,
     FunctionLost,
@@ -24,6 +25,21 @@ from tests import jobs
 
 def nothing(config):
     return config
+
+
+class FarAway(InlinePlatform):
+    """Its functions run on other machines."""
+
+    elsewhere = True
+
+
+def test_functions_on_other_machines_need_stores_that_they_reach(tmp_path):
+    with pytest.raises(InvalidInput) as refused:
+        smlt.Fleet(platform=FarAway())
+    assert [m.split()[0] for m in refused.value.mistakes] == ["parameter_store", "object_store"]
+    with EmbeddedStore() as store:
+        given = {"parameter_store": store.url, "object_store": tmp_path.as_uri()}
+        smlt.Fleet(platform=FarAway(), **given).close()
 
 
 def test_a_fleet_lists_every_mistake_at_once(tmp_path):

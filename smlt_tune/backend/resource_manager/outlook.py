@@ -41,6 +41,9 @@ LIMIT_Z = (0.5, 0.25, 0.0)
 UNSURE_SD = 0.35
 #: The limit is at risk where a job is expected to use more than this share of what is left of it.
 RISK_SHARE = 0.99
+#: The same at the beginning of a job is more by this, if there is an allocation that would keep the
+#: limit by twice as much: paces vary, and moves cost.
+PATIENCE = 0.05
 #: A goal is refused if even that many standard deviations of luck would not do.
 REFUSED_Z = 3.0
 #: Least probability that the memory is enough.
@@ -402,9 +405,20 @@ class Outlook:
         return float(self._limited(0.0)[i])
 
     def at_risk(self, i: int) -> bool:
-        """Whether an allocation is expected to break the goal's limit, or nearly so."""
-        limits = self._limits()
-        return limits is not None and self.limited(i) > RISK_SHARE * limits[i]
+        """Whether an allocation is expected to break the goal's limit, or nearly so.
+
+        As long as much is left, a little too much may still be made up for: by luck or by a later
+        move, if there is anywhere to move to.
+        """
+        limits, limit = self._limits(), self._limit()
+        if limits is None or limit is None:
+            return False
+        expected, facts = self.limited(i), self._facts
+        used = facts.elapsed_s if isinstance(self._goal, Cheapest) else facts.spent_usd
+        left = expected / (used + expected)
+        least = self._limited(0.0)[self.allowed & (self._fits >= FITS)].min(initial=expected)
+        patience = PATIENCE * left if least <= (1.0 - 2.0 * PATIENCE) * limits[i] else 0.0
+        return bool(expected > (RISK_SHARE + patience) * limits[i])
 
     def most_promising(self) -> int:
         """Largest constrained expected improvement over the best that is expected now."""
