@@ -8,6 +8,7 @@ and what is left of it afterwards. Plain Ray gets fewer trials: each takes an ac
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,7 @@ def drive(kind, trials):
         platform.close()
     left = len(processes(os.getpid()) - before) if kind == "fleet" else None
     ray.shutdown()
+    shutil.rmtree(folder)
     figures = {
         "kind": kind,
         "trials": trials,

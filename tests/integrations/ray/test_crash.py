@@ -88,6 +88,7 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.timeout(400)  # two drivers, each with a cluster of its own
 def test_a_killed_driver_is_restored_on_a_new_cluster(cluster, tmp_path, ray_folder):
     first = driver(tmp_path, "fit", ray_folder / "1")
     try:
