@@ -68,7 +68,7 @@ from smlt_tune.runtime.checkpoint import KEEP_OF_REPORTS, Checkpoints
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 from smlt_tune.runtime.features import ModelFeatures
 from smlt_tune.runtime.frameworks.base import read_meta
-from smlt_tune.runtime.stores.base import ObjectStore
+from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
 from smlt_tune.runtime.stores.opening import open_object_store, open_parameter_store
 
 __all__ = ["Fleet", "Job", "JobOutcome", "Report"]
@@ -306,6 +306,16 @@ class Fleet:
     def platform(self) -> Platform:
         """Where the functions run."""
         return self._platform
+
+    @property
+    def parameter_store(self) -> ParameterStore:
+        """Where its workers meet."""
+        return self._store
+
+    @property
+    def object_store(self) -> ObjectStore:
+        """Where code, data and checkpoints lie."""
+        return self._objects
 
     @property
     def closed(self) -> bool:

@@ -178,6 +178,11 @@ class Session:
         """How many workers the job has at present."""
         return self._workers
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the program has put anything into the session's care."""
+        return self._prepared > 0
+
     def prepare(self, *objects: Any) -> Any:
         """Puts models, optimizers, schedulers in the session's care.
 

@@ -36,7 +36,7 @@ Array = NDArray[np.float64]
 
 #: Standard deviations by which the goal's limit has to be kept; fewer if no allocation does that.
 LIMIT_Z = (0.5, 0.25, 0.0)
-#: Where the standard deviation of ln t is larger than this, more of them, by the square: a job that
+#: Where the standard deviation of ln t is larger than this, more of them in proportion: a job that
 #: begins far too slowly cannot make up for it.
 UNSURE_SD = 0.35
 #: The limit is at risk where a job is expected to use more than this share of what is left of it.
@@ -349,7 +349,7 @@ class Outlook:
         limits = self._limits()
         if limits is None:
             return np.ones(len(self.workers), dtype=bool)
-        return np.asarray(self._limited(z * np.maximum(1.0, self._sd / UNSURE_SD) ** 2) <= limits)
+        return np.asarray(self._limited(z * np.maximum(1.0, self._sd / UNSURE_SD)) <= limits)
 
     def best(self) -> int:
         """The posterior optimum under both chance constraints, or what comes nearest to them."""

@@ -39,7 +39,7 @@ class SessionChannel(TrialCommandChannel):  # type: ignore[misc]
             UsageError: The function runs on several workers and trains as if it were alone.
         """
         session = smlt.session()
-        if session.workers > 1 and not session._prepared:
+        if session.workers > 1 and not session.prepared:
             raise UsageError(
                 f"this job has {session.workers} functions, and its code trains without "
                 "session.prepare(): each of them trains alone what it was given. Pin workers=1, or "

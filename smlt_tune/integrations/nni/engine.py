@@ -54,7 +54,7 @@ class SmltExecutionEngine(DispatchingEngine):
     ) -> None:
         super().__init__()
         self._fleet, self._config, self._limits = fleet, config, limits
-        self._prefix, self._space, self._save, self._owns_fleet = prefix, space, save, owns_fleet
+        self.prefix, self._space, self._save, self._owns_fleet = prefix, space, save, owns_fleet
         self._candidates: list[Candidate] = []
         self._waiting: deque[Candidate] = deque()
         self._running: dict[Candidate, threading.Thread] = {}
@@ -83,7 +83,7 @@ class SmltExecutionEngine(DispatchingEngine):
             workload, error = self._measured(model)
             with self.changed:
                 number = len(self._candidates)
-                name = f"{self._prefix}-{number:05d}"
+                name = f"{self.prefix}-{number:05d}"
                 self._queue(Candidate(number, name, model, workload, error=error))
                 self._save()
                 self._start_waiting()

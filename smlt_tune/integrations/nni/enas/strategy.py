@@ -145,4 +145,4 @@ def _shared(engine: ExecutionEngine) -> SharedTensors:
             )
         engine = engine.engine
     fleet = engine.fleet
-    return SharedTensors(fleet.name, engine._prefix, fleet._store, fleet._objects)
+    return SharedTensors(fleet.name, engine.prefix, fleet.parameter_store, fleet.object_store)
