@@ -189,7 +189,13 @@ class Adaptation:
 
     def may_review(self, job: Record) -> bool:
         """Whether there is something to choose, and the last review was long enough ago."""
-        return self._may_change(job) and self._clock.monotonic() >= self._review_after_s
+        return not self.is_pinned(job) and self._clock.monotonic() >= self._review_after_s
+
+    def is_pinned(self, job: Record) -> bool:
+        """Whether its user has left nothing to choose."""
+        bounds = job.state.spec.bounds
+        store_is_open = bounds.store is None and not self._only_store
+        return not (store_is_open or bounds.workers is None or bounds.memory_mb is None)
 
     def shares_changed(self) -> None:
         """A job has ended, or waits for functions."""
@@ -224,7 +230,7 @@ class Adaptation:
         if job.workload_changed:
             job.workload_changed = False
             occasion = "workload"
-        if not occasion or not self._may_change(job):
+        if not occasion or self.is_pinned(job):
             return
         if occasion == "workload":  # whatever it has now was meant for something else
             self._due.pop(job.job_id, None)
@@ -287,11 +293,6 @@ class Adaptation:
         return "drift" if drifted else ""
 
     # --- small things -----------------------------------------------------------------------------
-
-    def _may_change(self, job: Record) -> bool:
-        bounds = job.state.spec.bounds
-        store_is_open = bounds.store is None and not self._only_store
-        return store_is_open or bounds.workers is None or bounds.memory_mb is None
 
     def _ask(self, question: Callable[[AllocationPolicy], _T]) -> _T:
         try:

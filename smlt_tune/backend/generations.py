@@ -52,7 +52,7 @@ class Generation:
     lease_s: float
     calls: dict[str, Call] = field(default_factory=dict)
     to_invoke: list[int] = field(default_factory=list)
-    reserved: set[str] = field(default_factory=set)
+    reserved: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
     invoke_after_s: float = 0.0
     started: bool = False
     asked_to_leave: bool = False
@@ -128,6 +128,11 @@ class Planned:
     held: int = 0
     decision: str = ""
 
+    @property
+    def grows(self) -> bool:
+        """Whether it takes more functions than the job gives back."""
+        return self.allocation.workers > self.held
+
 
 @dataclass
 class Record:
@@ -135,6 +140,7 @@ class Record:
 
     state: JobState
     submitted_s: float
+    order: int = 0
     generations: list[Generation] = field(default_factory=list)
     plan: Planned | None = None
     resize_to: Decision | None = None

@@ -20,7 +20,7 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path, PosixPath
 from typing import Any, Self, cast
@@ -335,7 +335,7 @@ class SimulatedFleet:
             self._scheduler.stop(job_id, "budget")
 
     def _record_entry(self, entry: Entry) -> None:
-        self._history.append("ledger", entry.job, asdict(entry))
+        self._history.append("ledger", entry.job, vars(entry))
 
     def _record(self, kind: str, job_id: str, body: dict[str, Any]) -> None:
         """Writes the journal, and tells the driver once the scheduler is done with it."""

@@ -12,6 +12,7 @@ a survivor, and nobody else restarts.
 """
 
 import logging
+from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -165,6 +166,10 @@ class TaskScheduler:
         self._jobs: dict[str, Record] = {}
         self._active: dict[str, Record] = {}
         self._calls: dict[str, str] = {}
+        #: Plans that wait, in their turn, with their jobs; some of them may be out of date.
+        self._queue: list[tuple[Planned, Record]] = []
+        #: Functions that generations have still to invoke, all together.
+        self._to_invoke = 0
         self._start_s = 1.0
         self._ready_s = 0.0
         self._retry_s = 0.0
@@ -180,7 +185,8 @@ class TaskScheduler:
             next_number: Number of its next generation, for a job of an earlier client.
             elapsed_s: Time since it was submitted, seconds.
         """
-        job = Record(state, self._clock.monotonic() - elapsed_s, next_number=next_number)
+        submitted_s = self._clock.monotonic() - elapsed_s
+        job = Record(state, submitted_s, len(self._jobs), next_number=next_number)
         job.workload = state.workload or state.spec.workload
         job.acknowledged, job.paused = state.spec.first_report, state.paused
         self._jobs[job.job_id] = self._active[job.job_id] = job
@@ -217,7 +223,7 @@ class TaskScheduler:
         )
         job.state.spec = replace(job.state.spec, bounds=pins)
         if job.plan and job.current is None:
-            job.plan = replace(job.plan, allocation=wanted)
+            self._wait(job, replace(job.plan, allocation=wanted))
         else:
             job.resize_to = Decision(wanted, "asked for")
         self.tick()
@@ -590,6 +596,7 @@ class TaskScheduler:
         worker.ready = worker.begun = False
         worker.told = None
         generation.to_invoke.append(worker.rank)
+        self._to_invoke += 1
         self._invoke_rest(job, self._clock.monotonic())
 
     def _strike(self, job: Record, what: str) -> bool:
@@ -683,10 +690,16 @@ class TaskScheduler:
         held: int = 0,
     ) -> Planned:
         now = self._clock.monotonic()
-        plan = job.plan = Planned(decision.allocation, reason, start, now, held, decision.reason)
+        plan = Planned(decision.allocation, reason, start, now, held, decision.reason)
+        self._wait(job, plan)
         if start is not None and not job.ending and not job.paused:
             job.state.update(status=QUEUED if not job.generations else job.state.status)
         return plan
+
+    def _wait(self, job: Record, plan: Planned) -> None:
+        """Puts a plan in the queue, in the place of the one that the job may have had."""
+        job.plan = plan
+        insort(self._queue, (plan, job), key=_turn)
 
     def _plan_from_checkpoint(self, job: Record, decision: Decision, reason: str) -> None:
         try:
@@ -703,12 +716,12 @@ class TaskScheduler:
         Those that take no more functions than their job has are first: they give as many back.
         """
         self._retry_s = self._clock.monotonic() + THROTTLE_PAUSE_S
-        able = [j for j in self._active.values() if not (j.ending or j.paused)]
-        waiting = [(j, j.plan) for j in able if j.plan]
-        waiting.sort(key=lambda each: (each[1].allocation.workers > each[1].held, each[1].since_s))
-        for job, plan in waiting:
-            if job.plan is not plan:
-                continue  # starting another job has shown that none can go on
+        place = 0
+        while place < len(self._queue):
+            plan, job = self._queue[place]
+            if job.plan is not plan or job.ending or job.paused:  # who is resumed waits anew
+                del self._queue[place]
+                continue
             if plan.allocation.workers > self._free_functions():
                 self._adaptation.shares_changed()
                 return  # nobody overtakes, or a large job would wait for ever
@@ -716,6 +729,7 @@ class TaskScheduler:
                 self._launch(job, plan)
             except BudgetExhausted as error:
                 self._without_money(job, error)
+                place += 1
 
     def _launch(self, job: Record, plan: Planned) -> None:
         """Reserves and invokes all workers of a generation. Raises BudgetExhausted."""
@@ -749,6 +763,7 @@ class TaskScheduler:
         self._store.put(said, ttl_s=24 * TTL_S)
         self._store_is_gone = False
         generation.to_invoke = list(range(len(workers)))
+        self._to_invoke += len(workers)
         self._invoke_rest(job, now)
 
     def _reserve(self, job: Record, generation: Generation, ranks: list[int]) -> None:
@@ -764,7 +779,7 @@ class TaskScheduler:
             for name in reserved:
                 self._ledger.release(name)
             raise
-        generation.reserved.update(reserved)
+        generation.reserved.update(dict.fromkeys(reserved))
 
     def _call_id(self, job: Record, generation: Generation, worker: Worker) -> str:
         return f"{job.job_id}.g{generation.number}.r{worker.rank}.i{worker.incarnation + 1}"
@@ -790,6 +805,7 @@ class TaskScheduler:
                     self._end(job, FAILED, error=JobError(str(error), job_id=job.job_id))
                     return
                 generation.to_invoke.remove(rank)
+                self._to_invoke -= 1
 
     def _invoke(self, job: Record, generation: Generation, worker: Worker) -> None:
         name = self._call_id(job, generation, worker)
@@ -817,7 +833,7 @@ class TaskScheduler:
         except Exception:
             del generation.calls[name], self._calls[name]
             raise
-        generation.reserved.discard(name)
+        generation.reserved.pop(name, None)
         worker.incarnation, worker.joining = incarnation, generation.started
         worker.sign_s = now
         worker.slowest_s = 0.0
@@ -874,10 +890,7 @@ class TaskScheduler:
         self._end(job, STOPPED, reason="budget")
 
     def _free_functions(self) -> int:
-        busy = len(self._calls) + sum(
-            len(g.to_invoke) for j in self._active.values() for g in j.generations if not g.closed
-        )
-        return self._platform.limits.functions - busy
+        return self._platform.limits.functions - len(self._calls) - self._to_invoke
 
     def _plan_hand_over(self, job: Record, now: float) -> None:
         """Starts the next generation while this one still trains."""
@@ -888,10 +901,10 @@ class TaskScheduler:
         ending = current.ends_s() - now < lead_s
         if job.plan is not None:
             if ending:  # it cannot wait any longer for more functions than it has
-                job.plan.allocation = replace(
-                    job.plan.allocation,
-                    workers=min(job.plan.allocation.workers, current.allocation.workers),
-                )
+                asked, most = job.plan.allocation, current.allocation.workers
+                if asked.workers > most:
+                    smaller = replace(asked, workers=most)
+                    self._wait(job, replace(job.plan, allocation=smaller))
             self._make_room(job, current, job.plan)
             return
         if job.resize_to is None and ending:
@@ -908,8 +921,7 @@ class TaskScheduler:
 
     def _make_room(self, job: Record, current: Generation, plan: Planned) -> None:
         """Invokes the next generation, or lets the old go first where both have no room."""
-        grows = plan.allocation.workers > plan.held
-        if grows and any(j.waits for j in self._active.values()):
+        if plan.grows and self._waiting():
             return  # others wait for functions: it trains on until they have begun
         if plan.allocation.workers > self._free_functions():
             self._ask_to_leave(job, current)
@@ -943,9 +955,10 @@ class TaskScheduler:
                 self._cancel(call)
 
     def _invoke_no_more(self, generation: Generation) -> None:
+        self._to_invoke -= len(generation.to_invoke)
         generation.to_invoke = []
         while generation.reserved:
-            self._ledger.release(generation.reserved.pop())
+            self._ledger.release(generation.reserved.popitem()[0])
 
     def _forget(self, delete: Callable[[], object]) -> None:
         """Deletes keys; if the store is out of reach, nobody can be misled by them either."""
@@ -1086,6 +1099,7 @@ class TaskScheduler:
 
     def _facts(self, job: Record) -> JobFacts:
         spec, current, workload = job.state.spec, job.current, job.workload
+        pinned = self._adaptation.is_pinned(job)  # then nobody asks for what could be had
         left = job.left
         if left is None and workload is not None:
             left = workload.iterations
@@ -1101,9 +1115,9 @@ class TaskScheduler:
             other_share=job.other_share,
             elapsed_s=self._clock.monotonic() - job.submitted_s,
             spent_usd=self.cost_usd(job.job_id),
-            functions=self._shares()(job),
+            functions=None if pinned else self._shares()(job),
             start_s=self._ready_s,
-            store_load=self._store_load(job),
+            store_load={} if pinned else self._store_load(job),
             stores=self._usable_stores(spec.bounds.store),
         )
 
@@ -1120,26 +1134,39 @@ class TaskScheduler:
         """
         most, free = self._platform.limits.functions, max(0, self._free_functions())
         fair = max(1, most // max(1, sum(not j.paused for j in self._active.values())))
-        waiting = [j for j in self._active.values() if j.waits]
+        waiting = self._waiting()
 
         def share(job: Record) -> int:
-            if len(waiting) > 1 or (waiting and waiting[0] is not job):
+            if any(other is not job for other in waiting):
                 return fair
             own = max((g.allocation.workers for g in job.generations if not g.closed), default=0)
             return min(most, max(fair, own + free))
 
         return share
 
+    def _waiting(self) -> list[Record]:
+        """Jobs that have no functions, and want some."""
+        return [job for plan, job in self._queue if job.plan is plan and job.waits]
+
     def _store_load(self, job: Record) -> dict[str, float]:
         """What the other jobs move through each store, bytes per second."""
         load = dict.fromkeys((DEFAULT_STORE, *self._gradient_stores), 0.0)
         for other in self._active.values():
-            at = other.current.allocation if other.current else None
-            if other is job or at is None or other.workload is None or not other.iteration_s:
+            if other is job or other.workload is None or not other.iteration_s:
                 continue
+            current = other.current
+            if current is None:
+                continue
+            at = current.allocation
             moved = at.workers * worker_bytes(other.workload.features.gradient_bytes, at.workers)
             load[at.store] = load.get(at.store, 0.0) + moved / other.iteration_s
         return load
+
+
+def _turn(waiting: tuple[Planned, Record]) -> tuple[bool, float, int]:
+    """Of a plan in the queue: those that give as many functions back as they take are first."""
+    plan, job = waiting
+    return plan.grows, plan.since_s, job.order
 
 
 def _is_news(job: Record, event: wire.Reported) -> bool:
