@@ -1,0 +1,244 @@
+"""Predicted epochs to a target on curves of real trainings, beside simpler ways to predict.
+
+``curves/record.py`` recorded them. A part of each curve is shown, from its beginning; targets are
+where the curve, smoothed, is at 50, 75 and 100 % of its epochs, if it is not there yet; the truth
+is the first epoch whose value, noise included, is at the target. Error: |predicted - true| / true,
+infinite if the target is given up. Constants of the model were chosen on the even trainings (of the
+first 44, so without the larger data set); the figures of the odd ones are those to believe, and the
+ones that are drawn.
+
+    python benchmarks/bench_loss_curves.py
+    SMLT_BENCH_QUICK=1 python benchmarks/bench_loss_curves.py
+"""
+
+import json
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")  # before numpy: tables this small gain nothing from more
+
+import common  # noqa: E402
+import numpy as np  # noqa: E402
+from scipy.optimize import OptimizeWarning, curve_fit  # noqa: E402
+
+from smlt_tune.backend.sweeps.loss_curves import HORIZON, forecast  # noqa: E402
+
+CURVES = Path(__file__).parent / "curves" / "curves.json"
+SEEN = (0.3,) if common.QUICK else (0.2, 0.3, 0.4, 0.5, 0.7)
+#: Where targets are taken, as a share of the epochs, from the median of so many epochs.
+TARGETS, SMOOTHED = (0.5, 0.75, 1.0), 5
+METRICS = {"loss": "training loss", "held_out_loss": "held-out loss", "accuracy": "accuracy"}
+METHODS = {
+    "ours": "ours",
+    "ce": "1 / (a e + b) + c (CE-scaling)",
+    "power": "power law with offset",
+    "slope": "straight on",
+}
+
+
+def cases(seen):
+    """Every (training, metric, target) whose target is not reached in the part that is shown."""
+    runs = json.loads(CURVES.read_text(encoding="utf-8"))
+    for number, run in enumerate(runs[:8] if common.QUICK else runs):
+        for metric, values in run["curves"].items():
+            sign = -1.0 if metric == "accuracy" else 1.0
+            y = sign * np.array([math.nan if v is None else v for v in values])
+            shown = math.ceil(seen * len(y))
+            for share in TARGETS:
+                place = int(share * len(y))
+                target = float(np.median(y[place - SMOOTHED : place]))
+                reached = np.flatnonzero(y <= target)
+                if len(reached) and reached[0] + 1 > shown:
+                    yield {
+                        "training": number,
+                        "schedule": run["schedule"],
+                        "metric": metric,
+                        "at": share,
+                        "sign": sign,
+                        "shown": y[:shown],
+                        "target": target,
+                        "true": int(reached[0] + 1),
+                    }
+
+
+# --- ways to predict: from values that fall, epochs to a target -------------------------------
+
+
+def straight_on(y, target):
+    """The line through the last five epochs."""
+    last = y[-5:]
+    slope, level = np.polyfit(np.arange(len(last)) - len(last) + 1, last, 1)
+    return len(y) + max(1.0, (target - level) / slope) if slope < 0.0 else math.inf
+
+
+def fitted(curve, start, bounds):
+    """The one family by least squares; None of our weights."""
+
+    def predict(y, target):
+        epochs = np.arange(1.0, len(y) + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizeWarning)
+            try:
+                best, _ = curve_fit(curve, epochs, y, start(y), bounds=bounds, max_nfev=2000)
+            except RuntimeError:  # no convergence
+                return math.inf
+        ahead = np.arange(len(y) + 1.0, HORIZON * len(y))
+        there = np.flatnonzero(curve(ahead, *best) <= target)
+        return float(ahead[there[0]]) if len(there) else math.inf
+
+    return predict
+
+
+PEERS = {
+    "slope": straight_on,
+    "ce": fitted(
+        lambda e, a, b, c: 1.0 / (a * e + b) + c,
+        lambda y: (0.1, 1.0, y.min()),
+        ([1e-9, 1e-9, -np.inf], np.inf),
+    ),
+    "power": fitted(
+        lambda e, a, p, c: a * e**-p + c,
+        lambda y: (max(1e-3, float(np.ptp(y))), 0.5, y.min()),
+        ([0.0, 1e-3, -np.inf], [np.inf, 5.0, np.inf]),
+    ),
+}
+
+
+def judged(case):
+    """What every method predicts."""
+    y, sign, target = case.pop("shown"), case.pop("sign"), case.pop("target")
+    case["epochs"] = {name: peer(y, target) for name, peer in PEERS.items()}
+    begun = time.process_time()
+    found = forecast(sign * y, sign * target, falling=sign > 0, best=0.0 if sign > 0 else 1.0)
+    case["cpu_ms"] = 1e3 * (time.process_time() - begun)
+    case["epochs"]["ours"] = found.epochs.mid
+    case["low"], case["high"], case["chance"] = found.epochs.low, found.epochs.high, found.chance
+    return case
+
+
+def error(row, method):
+    return abs(row["epochs"][method] / row["true"] - 1.0)
+
+
+def covered(row):
+    return row["low"] <= row["true"] <= row["high"]
+
+
+def summaries(rows):
+    """For each half, share seen and metric: errors of each method, coverage of our interval."""
+    for half, parity in (("chosen on", 0), ("to believe", 1)):
+        for seen in SEEN:
+            for metric in (*METRICS, "all"):
+                here = [
+                    row
+                    for row in rows
+                    if row["training"] % 2 == parity
+                    and row["seen"] == seen
+                    and metric in (row["metric"], "all")
+                ]
+                if not here:
+                    continue
+                errors = {name: [error(row, name) for row in here] for name in METHODS}
+                yield {
+                    "half": half,
+                    "seen": seen,
+                    "metric": metric,
+                    "cases": len(here),
+                    "median": {name: number(np.median(e)) for name, e in errors.items()},
+                    "p75": {
+                        name: number(np.quantile(np.minimum(e, 1e9), 0.75))
+                        for name, e in errors.items()
+                    },
+                    "given_up": {name: number(np.mean(np.isinf(e))) for name, e in errors.items()},
+                    "covered": number(np.mean([covered(row) for row in here])),
+                    "cpu_ms": number(np.median([row["cpu_ms"] for row in here])),
+                }
+
+
+def number(value):
+    """For JSON: four digits, null for what was given up."""
+    return float(f"{value:.4g}") if value < 1e8 else None
+
+
+def told(row):
+    epochs = {name: number(value) for name, value in row["epochs"].items()}
+    ends = {name: number(row[name]) for name in ("low", "high", "chance", "cpu_ms")}
+    return row | ends | {"epochs": epochs}
+
+
+def draw(rows, found, facts):
+    fig, axes = common.figure(1, 3, figsize=(13, 4.2), width_ratios=(1.1, 1, 1.1))
+    ours = dict(zip(METHODS, common.COLOURS, strict=False))
+    believed = [one for one in found if one["half"] == "to believe"]
+    for name, label in METHODS.items():
+        line = [one["median"][name] for one in believed if one["metric"] == "loss"]
+        line = [math.nan if value is None else 100 * value for value in line]
+        axes[0].plot([100 * s for s in SEEN], line, "o-", color=ours[name], label=label)
+    axes[0].axhline(10, color="#888888", lw=0.8, ls="--")
+    axes[0].set(
+        xlabel="epochs seen, %", ylabel="median error, %", ylim=(0, 60), title="training loss"
+    )
+    axes[0].legend()
+    shown = [r for r in rows if r["seen"] == 0.3 and r["training"] % 2]
+    for (metric, label), colour in zip(METRICS.items(), common.COLOURS[3:], strict=False):
+        here = [r for r in shown if r["metric"] == metric and math.isfinite(r["epochs"]["ours"])]
+        true, mid = [r["true"] for r in here], [r["epochs"]["ours"] for r in here]
+        axes[1].loglog(true, mid, "o", ms=4, color=colour, label=label)
+        high = [min(r["high"], 400) for r in here]
+        axes[1].vlines(true, [r["low"] for r in here], high, color=colour, lw=0.6, alpha=0.5)
+    axes[1].plot([8, 110], [8, 110], color="#888888", lw=0.8)
+    axes[1].set(
+        xlabel="true epochs", ylabel="predicted, 90 % interval", title="30 % seen", ylim=(8, 400)
+    )
+    axes[1].legend(fontsize=8)
+    width = 0.8 / len(METHODS)
+    here = [one for one in believed if one["seen"] == 0.3 and one["metric"] in METRICS]
+    for place, name in enumerate(METHODS):
+        heights = [100 * min(9.9, one["median"][name] or 9.9) for one in here]
+        at = np.arange(len(here)) + (place - 1.5) * width
+        axes[2].bar(at, heights, width, color=ours[name])
+    labels = [f"{METRICS[one['metric']]}\n{100 * one['covered']:.0f} % in interval" for one in here]
+    axes[2].set_xticks(range(len(here)), labels)
+    axes[2].axhline(10, color="#888888", lw=0.8, ls="--")
+    axes[2].set(ylabel="median error, %", ylim=(0, 100), title="30 % seen")
+    common.save_figure(fig, "loss_curves", facts)
+
+
+def main():
+    facts = common.machine()
+    rows = [judged(case) | {"seen": seen} for seen in SEEN for case in cases(seen)]
+    found = list(summaries(rows))
+    common.save(
+        "loss_curves",
+        facts,
+        {
+            "methods": METHODS,
+            "interval": 0.9,
+            "summary": found,
+            "cases": [told(row) for row in rows],
+        },
+    )
+    draw(rows, found, facts)
+    common.table(
+        ("half, seen, metric", "cases", *METHODS, "ours p75", "covered", "given up", "ms"),
+        [
+            (
+                f"{one['half']}, {one['seen']}, {one['metric']}",
+                one["cases"],
+                *(one["median"][name] for name in METHODS),
+                one["p75"]["ours"],
+                one["covered"],
+                one["given_up"]["ours"],
+                one["cpu_ms"],
+            )
+            for one in found
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

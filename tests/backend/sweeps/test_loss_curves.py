@@ -1,0 +1,158 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smlt_tune.backend.resource_manager.observations import Interval
+from smlt_tune.backend.sweeps.loss_curves import FEWEST, Forecast, forecast, moved
+from smlt_tune.errors import InvalidInput
+
+EPOCHS = np.arange(1, 101)
+FALLING = {
+    "CE-scaling": 1 / (0.3 * EPOCHS + 1) + 0.2,
+    "power": EPOCHS**-0.5,
+    "power with offset": (EPOCHS + 2.0) ** -1.2 + 0.1,
+    "exponential": np.exp(-EPOCHS / 20) + 0.1,
+    "Weibull": np.exp(-((EPOCHS / 15) ** 0.6)) + 0.3,
+    "Hill": 1 / (1 + (EPOCHS / 10) ** 1.5) + 0.05,
+}
+
+
+def expected(epochs, low=None, high=None):
+    return Forecast(Interval(low or epochs, epochs, high or epochs), 1.0)
+
+
+@pytest.mark.parametrize("name", FALLING)
+def test_a_smooth_curve_of_any_family_is_continued_to_its_target(name):
+    curve = FALLING[name]
+    for reached in (40, 60):
+        found = forecast(curve[:30], float(curve[reached - 1]), best=0.0)
+        assert found.epochs.mid == pytest.approx(reached, rel=0.15)
+        assert found.epochs.low <= found.epochs.mid <= found.epochs.high
+
+
+@pytest.mark.parametrize("name", FALLING)
+def test_spikes_and_values_that_are_no_numbers_change_little(name):
+    curve = FALLING[name] + 1e-3 * np.random.default_rng(0).standard_normal(len(EPOCHS))
+    broken = curve[:40].copy()
+    broken[[3, 17]], broken[30], broken[[8, 21]] = math.nan, math.inf, (5.0, 3.0)
+    target = float(FALLING[name][54])
+    clean, found = forecast(curve[:40], target, best=0.0), forecast(broken, target, best=0.0)
+    assert found.epochs.mid == pytest.approx(clean.epochs.mid, rel=0.15)
+
+
+def test_a_rising_metric_is_the_mirror_image_of_a_falling_one():
+    curve = FALLING["Weibull"]
+    fall = forecast(curve[:30], 0.4, best=0.0)
+    rise = forecast(1.0 - curve[:30], 0.6, falling=False, best=1.0)
+    assert rise.epochs == fall.epochs
+    assert rise.chance == pytest.approx(fall.chance)
+
+
+def test_a_target_beyond_the_asymptote_is_never_reached():
+    noise = 3e-3 * np.random.default_rng(0).standard_normal(40)
+    found = forecast(np.exp(-EPOCHS[:40] / 5) + 0.5 + noise, 0.4)
+    assert found.never
+    assert found.chance < 0.05
+    assert found.epochs.high == math.inf
+
+
+def test_curves_that_do_not_fall_never_reach_a_target():
+    for values in ([1.0] * 20, np.linspace(1.0, 2.0, 20), 1 + 0.01 * (-1.0) ** EPOCHS[:20]):
+        assert forecast(values, 0.5, best=0.0).never
+
+
+def test_a_target_that_was_reached_needs_no_prediction():
+    assert forecast([3.0, 2.0, 1.0, 2.0, 0.5], 1.0) == expected(3.0)
+    assert forecast([0.1, 0.9], 0.9, falling=False) == expected(2.0)
+
+
+def test_too_few_epochs_predict_nothing():
+    few = [3.0, 2.0, math.nan, 1.8]
+    assert forecast(few, 1.0) is None
+    assert forecast([], 1.0) is None
+    assert forecast([*few, 1.7], 1.0) is not None
+    assert FEWEST == 4
+
+
+def test_more_epochs_narrow_the_interval():
+    curve = FALLING["exponential"] + 2e-3 * np.random.default_rng(3).standard_normal(100)
+    target = float(FALLING["exponential"][69])
+    widths = [
+        (found.epochs.high - found.epochs.low) / found.epochs.mid
+        for found in (forecast(curve[:n], target, best=0.0) for n in (15, 30, 50))
+    ]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] < 0.5
+
+
+def test_the_same_curve_gives_the_same_forecast():
+    curve = FALLING["Hill"][:25]
+    assert forecast(curve, 0.1) == forecast(list(curve), 0.1)
+
+
+@given(
+    st.lists(st.floats(allow_nan=True, width=32), max_size=300),
+    st.floats(-1e6, 1e6),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_values_give_ordered_epochs_in_the_future(values, target, falling):
+    found = forecast(values, target, falling=falling)
+    if found is None:
+        return
+    epochs = found.epochs
+    assert 0.0 < epochs.low <= epochs.mid <= epochs.high
+    assert -1e-9 <= found.chance <= 1.0
+    passed = [v <= target if falling else v >= target for v in values if math.isfinite(v)]
+    assert any(passed) or epochs.low > len(values)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "delta", "news"),
+    [
+        (None, None, 0.1, False),
+        (None, expected(10.0), 0.1, True),
+        (expected(10.0), None, 0.1, True),
+        (expected(100.0), expected(109.0), 0.1, False),
+        (expected(100.0), expected(91.0), 0.1, False),
+        (expected(100.0), expected(111.0), 0.1, True),
+        (expected(100.0), expected(89.0), 0.1, True),
+        (expected(100.0), expected(109.0), 0.05, True),
+        (expected(math.inf), expected(100.0), 0.1, True),
+        (expected(100.0), expected(math.inf), 0.1, True),
+        (expected(math.inf), expected(math.inf), 0.1, False),
+        (expected(100.0), expected(101.0, low=60.0, high=300.0), 0.1, False),
+    ],
+)
+def test_a_forecast_that_moves_either_way_is_news(before, now, delta, news):
+    assert moved(before, now, delta) is news
+
+
+@pytest.mark.parametrize(
+    ("given", "mistakes"),
+    [
+        ({"target": math.nan}, ["target must be a finite number, not nan"]),
+        (
+            {"target": math.inf, "best": math.nan},
+            [
+                "target must be a finite number, not inf",
+                "best must be a finite number or None, not nan",
+            ],
+        ),
+        (
+            {"target": -0.5, "best": 0.0},
+            ["target -0.5 is better than the best possible value, 0.0"],
+        ),
+        (
+            {"target": 1.2, "best": 1.0, "falling": False},
+            ["target 1.2 is better than the best possible value, 1.0"],
+        ),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(given, mistakes):
+    with pytest.raises(InvalidInput) as caught:
+        forecast([1.0, 0.9, 0.8, 0.7], **given)
+    assert list(caught.value.mistakes) == mistakes
