@@ -399,8 +399,9 @@ class Fleet:
         mistakes = _submit_mistakes(train, job_id, seed, shards, lockstep)
         mistakes += _workload_mistakes(workload)
         donor = b""
-        with _collected(mistakes):
-            donor = self._checkpoint_at(start_from)
+        if start_from is not None:
+            with _collected(mistakes, "start_from="):
+                donor = self.read_checkpoint(start_from)
         facts = JobFacts(job_id, self._platform.limits, wanted, bounds, stores=self._store_names())
         mistakes += check(facts)
         function = digest = ""
@@ -434,6 +435,52 @@ class Fleet:
     def jobs(self) -> list[Job]:
         """All jobs, those of earlier clients included, in the order of their submission."""
         return [self._job(state) for state in list(self._states.values())]
+
+    def read_checkpoint(self, url: str) -> bytes:
+        """The content of a checkpoint of one of the fleet's jobs.
+
+        Args:
+            url: ``Report.checkpoint`` or ``JobOutcome.checkpoint``.
+
+        Raises:
+            InvalidInput: It is no such thing, or it was deleted.
+            ObjectDamaged: It is not what was written.
+        """
+        key, job_id = self._checkpoint_key(url)
+        checkpoints = Checkpoints(self._objects, job_id)
+        for place in (key, keys.kept_checkpoint(key)):
+            with suppress(ObjectNotFound):
+                return checkpoints.load(place)
+        raise InvalidInput(
+            f"{url!r} does not exist (any more): a job keeps its newest checkpoint, one in "
+            f"lockstep also those of its last {KEEP_OF_REPORTS} reports, and a fleet those of "
+            "keep_checkpoint"
+        )
+
+    def keep_checkpoint(self, url: str) -> None:
+        """Keeps a checkpoint readable under its URL after its job has deleted it. Idempotent.
+
+        Args:
+            url: ``Report.checkpoint`` or ``JobOutcome.checkpoint`` of one of the fleet's jobs.
+
+        Raises:
+            InvalidInput: It is no such thing, or it was deleted.
+            ObjectDamaged: It is not what was written.
+        """
+        key, _ = self._checkpoint_key(url)
+        self._objects.put(keys.kept_checkpoint(key), self.read_checkpoint(url), if_absent=True)
+
+    def release_checkpoint(self, url: str) -> None:
+        """Takes :meth:`keep_checkpoint` back. Idempotent.
+
+        Args:
+            url: ``Report.checkpoint`` or ``JobOutcome.checkpoint`` of one of the fleet's jobs.
+
+        Raises:
+            InvalidInput: It is no such thing.
+        """
+        key, _ = self._checkpoint_key(url)
+        self._objects.delete([keys.kept_checkpoint(key)])
 
     def upload(self, name: str, data: Any) -> None:
         """Stores a data set for ``session.batches(name, ...)``.
@@ -653,36 +700,25 @@ class Fleet:
         if not plan.feasible:
             raise InvalidInput(plan.notes)
 
-    def _checkpoint_at(self, url: object) -> bytes:
-        """The content of a checkpoint of one of the fleet's jobs; nothing for None.
+    def _checkpoint_key(self, url: object) -> tuple[str, str]:
+        """Key and job of a checkpoint of one of the fleet's jobs.
 
         Raises:
             InvalidInput: It is no such thing.
-            ObjectNotFound: It was deleted.
-            ObjectDamaged: It is not what was written.
         """
-        if url is None:
-            return b""
         place = f"{self._objects.url}/"
         key = str(url).removeprefix(place)
         job_id = keys.job_of_checkpoint(key)
         if not isinstance(url, str) or not url.startswith(place) or job_id is None:
             raise InvalidInput(
-                f"start_from={url!r} is no checkpoint of this fleet: give Report.checkpoint or "
+                f"{url!r} is no checkpoint of this fleet: give Report.checkpoint or "
                 f"JobOutcome.checkpoint of one of its jobs, {place}jobs/..."
             )
         if job_id not in self._states:
             raise InvalidInput(
-                f"start_from={url!r} is a checkpoint of the job {job_id!r}, which this fleet does "
-                "not know"
+                f"{url!r} is a checkpoint of the job {job_id!r}, which this fleet does not know"
             )
-        try:
-            return Checkpoints(self._objects, job_id).load(key)
-        except ObjectNotFound as error:
-            raise InvalidInput(
-                f"start_from={url!r} does not exist (any more): a job keeps its newest checkpoint, "
-                f"one in lockstep also those of its last {KEEP_OF_REPORTS} reports"
-            ) from error
+        return key, job_id
 
     def _forked(self, spec: JobSpec, donor: bytes) -> JobSpec:
         """A job that begins with another one's checkpoint, of which it keeps a copy."""
@@ -810,12 +846,12 @@ def _open_project(folder: str | Path, fingerprint: str, stack: ExitStack) -> dic
 
 
 @contextmanager
-def _collected(mistakes: list[str]) -> Iterator[None]:
-    """Adds what is wrong to the list instead of raising it."""
+def _collected(mistakes: list[str], argument: str = "") -> Iterator[None]:
+    """Adds what is wrong to the list instead of raising it, after the argument that it is."""
     try:
         yield
     except InvalidInput as error:
-        mistakes += error.mistakes
+        mistakes += [f"{argument}{mistake}" for mistake in error.mistakes]
     except SmltError as error:
         mistakes.append(str(error))
 

@@ -38,6 +38,7 @@ Object store
 | ``code/<sha256>`` | a pickled training function or configuration; the name is its content |
 | ``data/<sha256>/<k>`` and ``data/<sha256>/index`` | shards of an uploaded data set |
 | ``jobs/<job>/checkpoints/<position>-<crc32>.safetensors`` | checkpoints; sort like positions |
+| ``kept/<key of a checkpoint>`` | a copy that outlives it, until the client deletes that |
 | ``shared/<search>/updates/<job>.safetensors`` | what a job adds, until that is done |
 | ``shared/<search>/tensors/<number>.safetensors`` | shared tensors; the newest one names all |
 """
@@ -219,6 +220,11 @@ def checkpoints(job: str) -> str:
 def checkpoint(job: str, position: str, content: bytes) -> str:
     """Key of a checkpoint: sorts by position, and carries a checksum of its content."""
     return f"{checkpoints(job)}{position}-{zlib.crc32(content):08x}.safetensors"
+
+
+def kept_checkpoint(key: str) -> str:
+    """Key of the copy of a checkpoint that outlives it."""
+    return f"kept/{key}"
 
 
 def checkpoint_crc(key: str) -> int:

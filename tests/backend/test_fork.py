@@ -135,9 +135,11 @@ def test_start_from_takes_checkpoints_of_this_fleet_only(fleet, donor):
         (url.replace(donor.job_id, "stranger"), "which this fleet does not know"),
         (url.replace("-l0", "-l1"), "does not exist .any more.: a job keeps its newest checkpoint"),
     ):
-        with pytest.raises(InvalidInput, match=message) as refused:
+        with pytest.raises(InvalidInput, match=f"start_from=.*{message}") as refused:
             fleet.submit("no function", lockstep="yes", start_from=wrong)
         assert len(refused.value.mistakes) == 3  # all at once
+        with pytest.raises(InvalidInput, match=message):
+            fleet.keep_checkpoint(wrong)
 
 
 def test_checkpoints_of_the_last_reports_outlive_the_job(fleet, donor):
@@ -151,3 +153,22 @@ def test_checkpoints_of_the_last_reports_outlive_the_job(fleet, donor):
         assert fork.result(60).value == outcome.value
     with pytest.raises(InvalidInput, match="does not exist"):
         fleet.submit(train, {}, start_from=outcome.reports[0].checkpoint)
+
+
+def test_a_kept_checkpoint_stays_what_it_was_until_it_is_released(fleet, donor):
+    url = donor._state.reports[0].checkpoint
+    content = fleet.read_checkpoint(url)
+    fleet.keep_checkpoint(url)
+    for report in donor.reports():
+        donor.acknowledge(report.index + 1)
+    donor.result(60)
+    fleet.object_store.delete([url.removeprefix(f"{fleet.object_store.url}/")])
+    fleet.keep_checkpoint(url)
+    assert fleet.read_checkpoint(url) == content
+    fork = fleet.submit(train, {"lr": 0.01, "epochs": 4}, workers=1, start_from=url)
+    assert fork.result(60).value == donor.result().value
+    for _ in range(2):
+        fleet.release_checkpoint(url)
+        with pytest.raises(InvalidInput, match="does not exist"):
+            fleet.read_checkpoint(url)
+    assert fleet.object_store.list("kept/") == []

@@ -11,7 +11,6 @@ from typing import Any
 
 from ray.air.execution._internal import RayActorManager, TrackedActor
 from ray.air.execution.resources import ResourceManager
-from ray.tune.execution.tune_controller import TuneController
 
 from smlt_tune.integrations.ray.experiment import Experiment
 from smlt_tune.integrations.ray.inbox import Inbox
@@ -39,22 +38,21 @@ class VirtualActorManager(RayActorManager):
         self._waiting: deque[TrackedActor] = deque()
         self._entering: VirtualTrial | None = None
         self._let_go: list[VirtualTrial] = []
-        self._controller: TuneController | None = None
         self._actors_first = False
 
     # --- what Tune asks for ----------------------------------------------------------------------
 
     @property
-    def pending_actors(self) -> list[TrackedActor]:
+    def pending_actors(self) -> list[TrackedActor]:  # noqa: D102 - the contract stands in Ray
         return [*super().pending_actors, *self._waiting]
 
-    def add_actor(
+    def add_actor(  # noqa: D102
         self, cls: Any, kwargs: dict[str, Any], resource_request: Any, **callbacks: Any
     ) -> TrackedActor:
         if not isinstance(resource_request, TrialRequest):
             self._experiment.refuse_move(kwargs, resource_request)
             return super().add_actor(cls, kwargs, resource_request, **callbacks)
-        self._controller = callbacks["on_start"].__self__
+        self._experiment.controller = callbacks["on_start"].__self__
         tracked = TrackedActor(uuid.uuid4().int, **callbacks)
         self._virtual[tracked] = VirtualActor(
             self._experiment, self._inbox, tracked, cls, kwargs, resource_request
@@ -62,7 +60,7 @@ class VirtualActorManager(RayActorManager):
         self._waiting.append(tracked)
         return tracked
 
-    def schedule_actor_task(
+    def schedule_actor_task(  # noqa: D102
         self,
         tracked_actor: TrackedActor,
         method_name: str,
@@ -79,7 +77,7 @@ class VirtualActorManager(RayActorManager):
             tracked_actor, method_name, args, kwargs, on_result, on_error, _return_future
         )
 
-    def clear_actor_task_futures(self, tracked_actor: TrackedActor) -> None:
+    def clear_actor_task_futures(self, tracked_actor: TrackedActor) -> None:  # noqa: D102
         actor = self._virtual.get(tracked_actor)
         if actor is None:
             super().clear_actor_task_futures(tracked_actor)
@@ -87,7 +85,7 @@ class VirtualActorManager(RayActorManager):
         actor.forget_tasks()
         self._let_go.append(actor.trial)
 
-    def remove_actor(
+    def remove_actor(  # noqa: D102
         self, tracked_actor: TrackedActor, kill: bool = False, stop_future: Any = None
     ) -> bool:
         if tracked_actor not in self._virtual:
@@ -101,7 +99,7 @@ class VirtualActorManager(RayActorManager):
         self._inbox.put(partial(self._stopped, tracked_actor))
         return True
 
-    def cleanup(self) -> None:
+    def cleanup(self) -> None:  # noqa: D102
         for tracked_actor in self._virtual:
             self._live_actors_to_ray_actors_resources.pop(tracked_actor, None)
         self._experiment.close()
@@ -153,10 +151,9 @@ class VirtualActorManager(RayActorManager):
         """Only now it is known whether Tune has let a trial go for a while or for good."""
         while self._let_go:
             virtual = self._let_go.pop()
-            assert self._controller is not None
-            trial = self._controller.get_trial(  # type: ignore[no-untyped-call]
-                virtual.trial.trial_id
-            )
+            controller = self._experiment.controller
+            assert controller is not None
+            trial = controller.get_trial(virtual.trial.trial_id)  # type: ignore[no-untyped-call]
             virtual.release(pause=trial is not None and not trial.is_finished())
 
     def _stopped(self, tracked_actor: TrackedActor) -> None:

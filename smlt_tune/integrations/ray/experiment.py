@@ -1,15 +1,16 @@
 """What the trials of one experiment share on the fleet's side."""
 
+from functools import partial
 from typing import Any
 
 from ray.tune import TuneError
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.result import STDERR_FILE, STDOUT_FILE, TRIAL_INFO
 
 from smlt_tune.backend.fleet import Fleet
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.ray import fleets
 from smlt_tune.integrations.ray.attachment import jobs_of
-from smlt_tune.integrations.ray.donations import Donations
 from smlt_tune.integrations.ray.staging import stage
 from smlt_tune.integrations.ray.trial_request import TrialRequest
 from smlt_tune.integrations.ray.tune_session import Trial
@@ -17,14 +18,19 @@ from smlt_tune.integrations.ray.virtual_trial import VirtualTrial
 
 
 class Experiment:
-    """The virtual trials of one run of Tune's loop, and their fleet."""
+    """The virtual trials of one run of Tune's loop, and their fleet.
+
+    Attributes:
+        controller: Tune's loop; known once it has asked for the first actor.
+    """
 
     def __init__(self) -> None:
+        self.controller: TuneController | None = None
         self._fleets: fleets.Fleets | None = None
         self._fleet: Fleet | None = None
         self._storage: Any = None
         self._trial_ids: set[str] = set()
-        self._donations = Donations()
+        self._donated: dict[str, str] = {}
 
     def trial(self, cls: Any, kwargs: dict[str, Any], request: TrialRequest) -> VirtualTrial:
         """Makes a trial of what Tune would make an actor of.
@@ -46,8 +52,9 @@ class Experiment:
         trial = Trial(
             info.trial_id, info.trial_name, storage.experiment_dir_name, config, request.options
         )
+        donate = partial(self._donate, fleet, info.trial_id)
         try:
-            return VirtualTrial(fleet, trial, storage, stage(cls), request.options, self._donations)
+            return VirtualTrial(fleet, trial, storage, stage(cls), request.options, donate)
         except InvalidInput as error:
             raise InvalidInput(
                 [f"trial {trial.name}: {mistake}" for mistake in error.mistakes]
@@ -75,6 +82,25 @@ class Experiment:
                 job.stop("the experiment is over")
             self._fleets.experiment_over(self._storage)
         self._fleet = None
+
+    def _donate(self, fleet: Fleet, trial_id: str, url: str) -> None:
+        """Keeps the state of a trial that others may start from, and those that some will.
+
+        A job keeps the checkpoints of its last reports only. Population-based training chooses a
+        donor by a report that may lie further back. Tune's own folders would not do: it deletes
+        them as ``num_to_keep`` says.
+        """
+        fleet.keep_checkpoint(url)
+        trials = self.controller.get_trials() if self.controller else []
+        starts = [
+            trial.run_metadata.checkpoint_manager.latest_checkpoint_result for trial in trials
+        ]
+        needed = {url, *(start.metrics.get("smlt/checkpoint") for start in starts if start)}
+        for before in [old for old, owner in self._donated.items() if owner == trial_id]:
+            if before not in needed:
+                fleet.release_checkpoint(before)
+                del self._donated[before]
+        self._donated[url] = trial_id
 
     def _open(self, trial_name: str, storage: Any) -> Fleet:
         if self._fleet is None:

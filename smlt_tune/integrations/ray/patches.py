@@ -145,9 +145,9 @@ def _replace_code_of_with_resources(resolve: Resolve) -> None:
     code = function.__code__
     original = types.FunctionType(code, function.__globals__, function.__name__)
 
-    def with_resources(trainable, resources):  # type: ignore[no-untyped-def]
-        # Runs with the globals of Ray's module, where only this name is ours.
-        return _smlt_with_resources(trainable, resources)  # type: ignore[name-defined]
+    # Runs with the globals of Ray's module, where only the name below is ours, and no type is.
+    def with_resources(trainable, resources):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        return _smlt_with_resources(trainable, resources)  # type: ignore[name-defined] # noqa: F821
 
     function.__globals__["_smlt_with_resources"] = lambda trainable, resources: original(
         trainable, resolve(resources)

@@ -16,7 +16,6 @@ from smlt_tune.backend.fleet import Fleet
 from smlt_tune.backend.job import FINISHED, QUEUED, Job, Report
 from smlt_tune.errors import BudgetExhausted, InvalidInput, JobError, TrainingFunctionError
 from smlt_tune.integrations.ray.attachment import attach
-from smlt_tune.integrations.ray.donations import Donations
 from smlt_tune.integrations.ray.object_refs import object_refs
 from smlt_tune.integrations.ray.results import Pointer, Results, write_checkpoint
 from smlt_tune.integrations.ray.staging import Staged
@@ -34,7 +33,7 @@ class VirtualTrial:
         storage: Where Tune keeps the trial's checkpoints.
         staged: Its program.
         options: Arguments of ``Fleet.submit``.
-        donations: What trials of the experiment may start from.
+        donate: Keeps a checkpoint of its job, given by URL, for other trials to start from.
     """
 
     def __init__(
@@ -44,9 +43,9 @@ class VirtualTrial:
         storage: Any,
         staged: Staged,
         options: dict[str, Any],
-        donations: Donations,
+        donate: Callable[[str], None],
     ) -> None:
-        self._fleet, self.trial, self._staged, self._donations = fleet, trial, staged, donations
+        self._fleet, self.trial, self._staged, self._donate = fleet, trial, staged, donate
         self._storage = copy.copy(storage)  # it counts checkpoints; Tune counts in its own
         self._options = _on_one_worker(options) if staged.keeps_files else options
         self._results = Results(trial.trial_id, trial.config)
@@ -93,12 +92,9 @@ class VirtualTrial:
         # other trials.
         asked_for = newest == self._saved or self._staged.is_class
         self._saved = newest
-        content = b""
-        if self._staged.keeps_files or asked_for:
-            content = self._fleet._checkpoint_at(newest.uri)
         if asked_for and not self._results.last["done"]:
-            self._donations.keep(self.trial.trial_id, newest.uri, content)
-        files = content if self._staged.keeps_files else b""
+            self._donate(newest.uri)
+        files = self._fleet.read_checkpoint(newest.uri) if self._staged.keeps_files else b""
         return _TrainingResult(write_checkpoint(self._storage, newest, files), self._results.last)
 
     def release(self, *, pause: bool) -> None:
@@ -113,7 +109,7 @@ class VirtualTrial:
     def _train(self, answer: Callable[[Any], None]) -> None:
         try:
             answer(self._next_result())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the boundary of the thread: Tune is told
             self._failed = True
             answer(explained(self.trial.name, error))
 
@@ -138,8 +134,6 @@ class VirtualTrial:
     def _begin(self) -> None:
         if mistakes := object_refs("config", self.trial.config):
             raise InvalidInput(mistakes)
-        if self._start is not None:
-            self._donations.give(self._fleet, self._start.uri)
         with sending_to_functions():
             job = attach(self._fleet, self.trial, self._staged, self._options, self._start)
         with self._lock:

@@ -1,5 +1,11 @@
-"""Schedulers and searchers stop, pause, fork and resize trials; what was trained is what counts."""
+"""Schedulers and searchers stop, pause, fork and resize trials; what was trained is what counts.
 
+SMLT_TEST_ROUNDS=10 repeats what depends on how things interleave.
+"""
+
+import os
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -15,17 +21,19 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 import smlt_tune as smlt
-from smlt_tune.integrations.ray import SmltResources
+from smlt_tune.integrations.ray import SmltResources, virtual_trial
 from tests.conftest import eventually
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore:Consider boosting PBT performance:UserWarning"),
     pytest.mark.filterwarnings("ignore:The optimal value found for dimension"),  # of PB2's model
+    pytest.mark.filterwarnings("ignore:scipy.optimize. The `disp`:DeprecationWarning"),  # as well
 ]
 
 ON_ONE = SmltResources(workers=1)
 STEPS = 8
+ROUNDS = int(os.environ.get("SMLT_TEST_ROUNDS", "1"))
 
 
 def train(config):
@@ -88,8 +96,25 @@ SCHEDULERS = {
 }
 
 
+@pytest.fixture
+def slow_saves(monkeypatch):
+    """Saves and reads of checkpoints take Tune's thread and the trials' a while."""
+    chance = random.Random(1)
+
+    def slowly(action):
+        def act(*args):
+            time.sleep(chance.uniform(0.0, 0.3))
+            return action(*args)
+
+        return act
+
+    monkeypatch.setattr(virtual_trial, "write_checkpoint", slowly(virtual_trial.write_checkpoint))
+    monkeypatch.setattr(smlt.Fleet, "read_checkpoint", slowly(smlt.Fleet.read_checkpoint))
+
+
+@pytest.mark.parametrize("attempt", range(ROUNDS))
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_no_step_is_trained_that_no_scheduler_consumes(search, name):
+def test_no_step_is_trained_that_no_scheduler_consumes(search, slow_saves, name, attempt):
     results, trained = search(SCHEDULERS[name]())
     told = [result.metrics["training_iteration"] for result in results]
     if name in ("FIFO", "ASHA", "HyperBand", "median"):
@@ -163,7 +188,8 @@ def test_searchers_hear_of_every_trial(search, searcher):
     assert len({result.config["lr"] for result in results}) == 4
 
 
-def test_resources_change_while_a_trial_runs(search):
+@pytest.mark.parametrize("attempt", range(ROUNDS))
+def test_resources_change_while_a_trial_runs(search, slow_saves, attempt):
     def two_from_the_fourth_on(controller, trial, result, scheduler):
         return SmltResources(workers=2) if result["training_iteration"] >= 3 else None
 
