@@ -136,7 +136,14 @@ class Planned:
 
 @dataclass
 class Record:
-    """Everything about one job."""
+    """Everything about one job.
+
+    Attributes:
+        boot_s: Longest time from an invocation until its worker was ready, seconds.
+        slowest_s: Longest time between two signs of life of a worker, seconds.
+        step_s: The same, of those workers that can tell it.
+        fruitless_s: Longest lease that has ended without any progress, seconds.
+    """
 
     state: JobState
     submitted_s: float
@@ -156,6 +163,8 @@ class Record:
     peak_mb: float = 0.0
     boot_s: float = 0.0
     slowest_s: float = 0.0
+    step_s: float = 0.0
+    fruitless_s: float = 0.0
     checkpoint: str | None = None
     ending: str = ""
     reason: str = ""
@@ -192,6 +201,12 @@ class Record:
     def waits(self) -> bool:
         """Whether it has no functions, and wants some."""
         return self.plan is not None and not self.generations and not self.paused
+
+    @property
+    def held(self) -> bool:
+        """Whether its last report, of a job in lockstep, waits for the client."""
+        spec = self.state.spec
+        return spec.lockstep and spec.first_report + len(self.state.reports) > self.acknowledged
 
     @property
     def heading_for(self) -> Allocation | None:

@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 
+from smlt_tune.backend.generations import Record
 from smlt_tune.backend.ledger import Ledger
 from smlt_tune.backend.platforms.base import InvocationResult, Platform
 from smlt_tune.backend.prices import Prices
 from smlt_tune.backend.resource_manager.observations import Allocation
 from smlt_tune.errors import BudgetExhausted
 from smlt_tune.runtime import wire
+from smlt_tune.runtime.session import TIME_LIMIT_MARGIN_S
 
 #: Largest share of the free budget that one generation may reserve.
 LEASE_SHARE = 0.25
-#: Shortest lease worth starting a function for, in seconds.
+#: Shortest lease worth starting a function for while nothing is known of its job, in seconds.
 SHORTEST_LEASE_S = 3.0
+#: A lease that has ended without any progress was too short: the next has to be so much longer.
+GROWTH = 2.0
 #: Leases are not made shorter than this while there is money for it, in seconds.
 USEFUL_LEASE_S = 20.0
 #: Requests to an object store that charges for them which an invocation may make in any case, ...
@@ -39,14 +43,13 @@ class Leases:
         self._ledger = ledger
         self._paid_requests = paid_requests
 
-    def length_s(self, allocation: Allocation) -> float:
-        """How long functions may run: up to the time limit, less if money is short.
+    def length_s(self, job: Record, allocation: Allocation) -> float:
+        """How long functions of a job may run: up to the time limit, less if money is short.
 
         Raises:
             BudgetExhausted: There is not enough for a lease that is worth it.
         """
-        limits = self._platform.limits
-        lease_s = limits.time_limit_s
+        lease_s = limit_s = self._platform.limits.time_limit_s
         if self._ledger.budget_usd is None:
             return lease_s
         at_once = self.worst_usd(allocation, 0.0) * allocation.workers
@@ -54,12 +57,14 @@ class Leases:
         per_s = (hour - at_once) / 3600.0
         free = max(0.0, self._ledger.available_usd - at_once)
         affordable_s = 0.99 * free / per_s if per_s else lease_s
-        lease_s = min(lease_s, max(LEASE_SHARE * affordable_s, min(USEFUL_LEASE_S, affordable_s)))
-        if lease_s < min(SHORTEST_LEASE_S, limits.time_limit_s):
+        shortest_s = min(limit_s, _shortest_s(job))
+        useful_s = min(max(USEFUL_LEASE_S, shortest_s), affordable_s)
+        lease_s = min(limit_s, max(LEASE_SHARE * affordable_s, useful_s))
+        if lease_s < shortest_s:
             raise BudgetExhausted(
                 f"{allocation.workers} functions of {allocation.memory_mb} MB cost "
-                f"{per_s:.9f} USD per second; of the budget {self._ledger.available_usd:.9f} "
-                "USD are free"
+                f"{per_s:.9f} USD per second, and need {shortest_s:.1f} s at least; of the budget "
+                f"{self._ledger.available_usd:.9f} USD are free"
             )
         return lease_s
 
@@ -104,3 +109,9 @@ class Leases:
             gets = sum(requests.gets for requests in said)
         usd = self._prices.invocation_usd(memory_mb, result.billed_s, result.deliveries)
         return usd + self._prices.object_requests_usd(puts, gets)
+
+
+def _shortest_s(job: Record) -> float:
+    """What a function of a job needs to start, to get one iteration done, and to hand over."""
+    known_s = job.boot_s + job.step_s + TIME_LIMIT_MARGIN_S if job.boot_s else 0.0
+    return max(SHORTEST_LEASE_S, known_s, GROWTH * job.fruitless_s)

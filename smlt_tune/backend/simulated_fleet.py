@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any, Self, cast
 
 from smlt_tune.backend.goals import Cheapest, Goal
@@ -47,6 +47,9 @@ from smlt_tune.runtime.stores.base import ParameterStore
 
 #: The scheduler looks at its time-outs this often, in seconds of virtual time.
 TICK_S = 0.1
+
+#: Simulated functions print nothing, so this folder is never made.
+_NO_LOGS = Path("/nonexistent")
 
 Describe = Callable[[Any], SimulatedTraining]
 
@@ -142,7 +145,7 @@ class SimulatedFleet:
                 store_options={},
                 hang_timeout_s=hang_timeout_s,
                 deadline_s=None if deadline_s is None else self._time.monotonic() + deadline_s,
-                logs=_NOWHERE,
+                logs=None,
             )
             self._scheduler = TaskScheduler(
                 settings,
@@ -387,7 +390,7 @@ class SimulatedFleet:
             stop=partial(self._ask, scheduler.stop),
             resize=self._resize,
             cost=scheduler.cost_usd,
-            logs=_NOWHERE,
+            logs=_NO_LOGS,
             acknowledge=partial(self._ask, scheduler.acknowledge),
             pause=partial(self._ask, scheduler.pause),
             resume=partial(self._ask, scheduler.resume),
@@ -429,13 +432,3 @@ def _mistakes(train: object, job_id: object) -> list[str]:
     if not isinstance(job_id, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", job_id):
         mistakes.append(f"name={job_id!r} must consist of letters, digits, '.', '_' and '-'")
     return mistakes
-
-
-class _Nowhere(PosixPath):
-    """Simulated functions print nothing: no folders are made for it."""
-
-    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        pass
-
-
-_NOWHERE = _Nowhere("/nonexistent")

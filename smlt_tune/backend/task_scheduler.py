@@ -93,7 +93,7 @@ class Settings:
         store_options: Further arguments of the object store.
         hang_timeout_s: Shortest silence that is taken for a hang, seconds.
         deadline_s: When everything has to be over, on the clock's ``monotonic``; None for never.
-        logs: Folder for the workers' output.
+        logs: Folder for the workers' output; None where they print nothing.
         paid_requests: Whether the object store charges for requests.
     """
 
@@ -103,7 +103,7 @@ class Settings:
     store_options: dict[str, str] = field(repr=False)
     hang_timeout_s: float
     deadline_s: float | None
-    logs: Path
+    logs: Path | None
     paid_requests: bool = False
     gradient_stores: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -500,6 +500,8 @@ class TaskScheduler:
         worker.begun = worker.begun or not event.waiting
         worker.slowest_s = max(worker.slowest_s, event.slowest_s)
         job.slowest_s = max(job.slowest_s, event.slowest_s)
+        if event.slowest_s < generation.lease_s:  # whoever cannot tell it says the whole lease
+            job.step_s = max(job.step_s, event.slowest_s)
         generation.peak_mb = max(generation.peak_mb, event.peak_mb)
         job.position = max(job.position, event.position)
         job.peak_mb = max(job.peak_mb, event.peak_mb)
@@ -587,8 +589,12 @@ class TaskScheduler:
             return
         if generation.to_invoke and worker.rank in generation.to_invoke:
             return
-        if call.invocation_id not in job.struck and self._strike(job, what):
-            return
+        idle = job.held and worker.begun  # in its report, with a checkpoint: nothing is lost
+        if not idle:
+            if result.ending == "timed_out" and job.position <= job.strike_position:
+                job.fruitless_s = max(job.fruitless_s, call.timeout_s)
+            if call.invocation_id not in job.struck and self._strike(job, what):
+                return
         begun = any(w.begun and not w.gone and w is not worker for w in generation.workers)
         if generation.started and not begun:
             self._roll_back(job, what, strike=False)
@@ -734,7 +740,7 @@ class TaskScheduler:
     def _launch(self, job: Record, plan: Planned) -> None:
         """Reserves and invokes all workers of a generation. Raises BudgetExhausted."""
         self._rent(plan.allocation.store)
-        lease_s = self._leases.length_s(plan.allocation)
+        lease_s = self._leases.length_s(job, plan.allocation)
         number = job.next_number
         workers = [Worker(rank) for rank in range(plan.allocation.workers)]
         generation = Generation(number, plan.allocation, plan.start, workers, lease_s)
@@ -755,7 +761,8 @@ class TaskScheduler:
         )
         self._record("generation", job.job_id, vars(entry))
         job.state.update(allocations=[*job.state.allocations, entry])
-        (self._settings.logs / job.job_id).mkdir(parents=True, exist_ok=True)
+        if self._settings.logs is not None:
+            (self._settings.logs / job.job_id).mkdir(parents=True, exist_ok=True)
         names = self._keys.generation(job.job_id, number)
         said = {names.open: b"1"}
         if job.state.spec.lockstep:
@@ -810,19 +817,20 @@ class TaskScheduler:
     def _invoke(self, job: Record, generation: Generation, worker: Worker) -> None:
         name = self._call_id(job, generation, worker)
         if name not in generation.reserved:
-            generation.lease_s = self._leases.length_s(replace(generation.allocation, workers=1))
+            alone = replace(generation.allocation, workers=1)
+            generation.lease_s = self._leases.length_s(job, alone)
             self._reserve(job, generation, [worker.rank])
         incarnation = worker.incarnation + 1
         spec = self._spec(job, generation, worker.rank, incarnation)
         memory_mb = generation.allocation.memory_mb
+        logs = self._settings.logs
+        file = f"{name.removeprefix(job.job_id + '.')}.log"
         invocation = Invocation(
             invocation_id=name,
             memory_mb=memory_mb,
             timeout_s=generation.lease_s,
             payload=spec.encode(),
-            log_path=self._settings.logs
-            / job.job_id
-            / f"{name.removeprefix(job.job_id + '.')}.log",
+            log_path=None if logs is None else logs / job.job_id / file,
         )
         now = self._clock.monotonic()
         call = Call(name, worker.rank, incarnation, memory_mb, now, generation.lease_s)

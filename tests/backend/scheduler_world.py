@@ -291,6 +291,7 @@ class World:
         assert len(entries) == 2 * len(self.ledger.entries())
         assert not [key for key in self.store.values if key.endswith((":open", ":start"))]
         assert self.scheduler.idle
+        assert self.scheduler._free_functions() == self.platform.limits.functions
         return [self.states[job].status for job in (jobs or ["a"])]
 
 

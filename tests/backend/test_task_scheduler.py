@@ -86,6 +86,29 @@ def test_first_come_first_served_and_never_above_the_limit(world):
     assert len(world.running("c")) == 2
 
 
+def test_a_plan_that_changes_keeps_its_turn(world):
+    for name, workers in {"a": 8, "b": 8, "c": 1, "d": 1}.items():
+        world.submit(name, workers)
+    world.scheduler.resize("b", 2, None)
+    world.scheduler.pause("c")
+    world.scheduler.resume("c")  # waits anew, and behind d only if time has passed
+    world.train("a", 8)
+    for rank in range(8):
+        world.finished("a", rank=rank)
+    world.end_all("a")
+    assert [len(world.running(name)) for name in "bcd"] == [2, 1, 1]
+    order = [name.partition(".")[0] for name in world.platform.invoked[8:]]
+    assert order == ["b", "b", "c", "d"]
+
+
+def test_where_nothing_is_printed_there_are_no_log_files(tmp_path):
+    world = World(tmp_path, logs=None)
+    world.submit()
+    ((invocation, _),) = world.platform.calls.values()
+    assert invocation.log_path is None
+    assert not (tmp_path / "logs").exists()
+
+
 def test_throttled_in_mid_gang(world):
     world.platform.room = 2
     world.submit(workers=4)
@@ -1022,6 +1045,55 @@ def test_no_money_for_the_hand_over(tmp_path):
     assert state.outcome.checkpoint is not None
 
 
+def test_a_lease_that_is_too_short_for_an_iteration_is_not_paid_for(tmp_path):
+    world = World(tmp_path, budget_usd=33 * WORST / 100)
+    state = world.submit()
+    lease = world.platform.calls[names(0, [0])[0]][0].timeout_s
+    world.after(10)  # its start
+    world.ready()
+    world.progress(slowest=4.0)
+    world.after(lease - 11)
+    world.hand_over()
+    world.end_all(seconds=lease)
+    assert world.over() == ["stopped"]
+    assert (state.outcome.reason, len(state.allocations)) == ("budget", 1)
+
+
+def test_a_lease_without_progress_is_followed_by_a_longer_one_or_none(tmp_path):
+    world = World(tmp_path, budget_usd=70 * WORST / 100)
+    state = world.submit()
+    leases = []
+    while world.running():
+        (name,) = world.running()
+        leases.append(world.platform.calls[name][0].timeout_s)
+        world.after(1)
+        world.end(name, "timed_out", seconds=leases[-1])
+    assert leases == [pytest.approx(20.0), pytest.approx(40.0)]
+    assert world.over() == ["stopped"]
+    assert (state.error, state.outcome.reason) == (None, "budget")
+
+
+def test_a_program_that_cannot_tell_its_pace_gets_the_leases_there_are(tmp_path):
+    world = World(tmp_path, budget_usd=33 * WORST / 100)
+    world.submit()
+    lease = world.platform.calls[names(0, [0])[0]][0].timeout_s
+    world.after(1)
+    world.ready()
+    world.progress(slowest=lease)
+    world.after(lease - 2)
+    world.hand_over()
+    world.end_all(generation=0, seconds=lease)
+    assert world.running() == names(1, [0])
+
+
+def test_reservations_are_released_in_the_same_order_every_time(world):
+    world.platform.room = 0
+    world.submit(workers=8)
+    world.scheduler.stop("a", "pruned")
+    released = [e.entry_id for e in world.journal if e.settled_usd is not None]
+    assert released == names(0, reversed(range(8)))
+
+
 def test_a_resize_is_kept_when_money_comes_back_only_with_the_old_functions(tmp_path):
     world = World(tmp_path, budget_usd=5 * 25 * WORST / 100)
     state = world.submit(workers=5)
@@ -1090,6 +1162,30 @@ def test_in_lockstep_what_is_reported_again_takes_the_place_of_the_old(world, lo
         world.say(wire.Reported, "a", generation, 0, index=index, metrics={"loss": loss})
     expected = [(4, 1, 0), (5, 9, 1)] if lockstep else [(4, 1, 0), (5, 2, 0)]
     assert [(r.index, r.metrics["loss"], r.generation) for r in state.reports] == expected
+
+
+@pytest.mark.parametrize("then", ["it goes on", "it does not come back"])
+def test_losses_while_a_report_waits_for_the_client_do_not_count(world, then):
+    state = world.submit(lockstep=True)
+    world.train()
+    key = world.save(at=1)
+    world.say(wire.Reported, "a", 0, 0, index=0, metrics={}, checkpoint=key)
+    for number in range(3 * MOST_STRIKES):
+        world.end(*names(number, [0]), "crashed")
+        world.train(generation=number + 1)
+        assert world.start(generation=number + 1) == key
+    assert state.error is None
+    if then == "it goes on":
+        world.scheduler.acknowledge("a", 1)
+    for _ in range(MOST_STRIKES + 2):
+        assert state.error is None
+        (name,) = world.running()
+        world.end(name, "crashed")
+        if then == "it goes on" and world.running():
+            world.train(generation=state.allocations[-1].generation)
+        if not world.running():
+            break
+    assert isinstance(state.error, FunctionLost)
 
 
 # --- anything in any order ------------------------------------------------------------------------
