@@ -10,7 +10,8 @@ Per job, one after the other, so that other load on the machine meets all alike:
   4. Time and cost of the whole job are those of the short one, plus the missing iterations at the
   median;
 * then in turn, beginning with another one each time: the *best of the grid* that keeps the limit,
-  as a whole job; the resource manager with the profiles of the siblings (*shared*); without them
+  as a whole job (or the next best, if this breaks the limit by more than 2 % when it is really
+  run: the grid's cells are short, and one of them is always lucky); the resource manager with the profiles of the siblings (*shared*); without them
   (*alone*); and the recipe of the *SMLT* paper: Gaussian process with expected improvement over raw
   workers and memory, 10 profiling runs of 5 iterations after a first one, then the best that was
   seen, all paid for. Its first profile is in the middle of the grid;
@@ -67,6 +68,8 @@ QUICK_WORKERS, QUICK_MEMORY_MB = (1, 4), (1024, LARGEST_MB)
 CELL_S, CELL_ITERATIONS = 1.2, 4
 #: Of the fastest or the cheapest of the grid.
 SLACK = 1.3
+#: The limit counts as kept up to this; so many allocations are tried as the best of the grid.
+KEPT, MOST_TRIES = 0.02, 3
 #: Profiling runs of the SMLT recipe, and their iterations after a first one.
 RECIPE_RUNS, RECIPE_ITERATIONS = 10, 5
 QUICK_RECIPE_RUNS = 2
@@ -139,10 +142,19 @@ def goal_of(number, cells):
     return smlt.Fastest(budget_usd=SLACK * min(cell.usd for cell in cells))
 
 
-def best_of(cells, goal):
-    """The best cell that keeps the limit; the one that defines it does."""
+def best_first(cells, goal):
+    """The cells that keep the limit, the best first; the one that defines the limit does."""
     keep = [cell for cell in cells if real_jobs.overshoot(cell, goal) == 0.0]
-    return min(keep, key=lambda cell: real_jobs.target(cell, goal))
+    return sorted(keep, key=lambda cell: real_jobs.target(cell, goal))
+
+
+def best_run(cloud, fleet, training, goal, cells):
+    """The best cell that keeps the limit when it is run, and its run; the last one tried if none."""
+    for cell in cells[:MOST_TRIES]:
+        run = cloud.pinned(fleet, training, cell.workers, cell.memory_mb)
+        if real_jobs.overshoot(run, goal) <= KEPT:
+            break
+    return cell, run
 
 
 def recipe(cloud, fleet, training, goal, seed, profiles):
@@ -220,7 +232,7 @@ def sibling(cloud, number, project, quick):
     with cloud.fleet() as fleet:
         cells = grid(cloud, fleet, training, np.random.default_rng([1, number]), quick)
         goal = goal_of(number, cells)
-        chosen = best_of(cells, goal)
+        best = best_first(cells, goal)
         before = project.with_name("before")
         shutil.rmtree(before, ignore_errors=True)
         shutil.copytree(project, before)
@@ -231,7 +243,7 @@ def sibling(cloud, number, project, quick):
         turn = methods[number % len(methods) :] + methods[: number % len(methods)]
         for method in (*turn, "untold") if last else turn:
             if method == "best":
-                run = cloud.pinned(fleet, training, chosen.workers, chosen.memory_mb)
+                chosen, run = best_run(cloud, fleet, training, goal, best)
             elif method == "shared":
                 run = cloud.steered(training, goal, project)
             elif method == "alone":
