@@ -17,6 +17,7 @@ the share of a core that all of them take, however many jobs run.
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, replace
 from heapq import nsmallest
@@ -222,7 +223,7 @@ class Adaptation:
         if event.other_share is not None:
             job.other_share = event.other_share
         occasion = self._measure(job, generation, event) if event.chunk else ""
-        milestones = sum(_share_done(job) >= share for share in MILESTONES)
+        milestones = bisect_right(MILESTONES, _share_done(job))
         if milestones > job.milestones:
             job.milestones = milestones
             if _enough(generation):  # else it is looked at soon

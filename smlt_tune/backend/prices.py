@@ -202,16 +202,21 @@ class Prices:
         return nanos_to_usd(_nanos_up(billed * Fraction(price.hour_usd)))
 
     def _invocation_nanos(self, memory_mb: int, duration: Fraction, deliveries: int) -> int:
-        mb_s = _round_up(duration, self.billing_step_s) * _exact(memory_mb, "memory_mb")
-        starts = _exact(deliveries, "deliveries")
-        per_mb_s, per_start = self._rates
-        return math.ceil(mb_s * per_mb_s + starts * per_start)
+        steps = _steps(duration, self.billing_step_s)
+        mb, per_mb = _ratio(memory_mb, "memory_mb")
+        starts, per_one = _ratio(deliveries, "deliveries")
+        step_nanos, start_nanos, under = self._rates
+        over = steps * mb * step_nanos * per_one + starts * start_nanos * per_mb
+        return -(-over // (under * per_mb * per_one))
 
     @cached_property
-    def _rates(self) -> tuple[Fraction, Fraction]:
-        """Nano-dollars per MB-s, and per start."""
-        per_gb_s = Fraction(self.gb_second_usd) * NANOS_PER_USD
-        return per_gb_s / MB_PER_GB, Fraction(self.request_usd) * NANOS_PER_USD
+    def _rates(self) -> tuple[int, int, int]:
+        """Nano-dollars per MB and billing step, and per start, over a common denominator."""
+        gb_second, start = Fraction(self.gb_second_usd), Fraction(self.request_usd)
+        step = gb_second / MB_PER_GB * Fraction(self.billing_step_s) * NANOS_PER_USD
+        start *= NANOS_PER_USD
+        under = math.lcm(step.denominator, start.denominator)
+        return int(step * under), int(start * under), under
 
     def _object_nanos(self, puts: int, gets: int) -> int:
         if not puts and not gets:
@@ -269,9 +274,14 @@ def _nanos_up(usd: Fraction) -> int:
 
 def _round_up(value: Fraction, step: Decimal) -> Fraction:
     """The next multiple of the step, once the noise of adding floats is off the value."""
+    return _steps(value, step) * Fraction(step)
+
+
+def _steps(value: Fraction, step: Decimal) -> int:
+    """How many steps that is."""
     clean = round(value * _NOISE_PER_UNIT)
     over, under = step.as_integer_ratio()
-    return Fraction(-(-clean * under // (over * _NOISE_PER_UNIT)) * over, under)
+    return -(-clean * under // (over * _NOISE_PER_UNIT))
 
 
 class _Reader:
