@@ -7,6 +7,7 @@ a signal ended it.
 
 import argparse
 import json
+import secrets
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ import smlt_tune
 from smlt_tune.errors import InvalidInput, SmltError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from smlt_tune.backend.platforms.base import Platform
     from smlt_tune.backend.sweeps.sweep import Sweep
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_plan(commands)
     _add_calibrate(commands)
+    _add_watching(commands)
     explain = commands.add_parser("explain", help="tell why jobs had the allocations they had")
     explain.set_defaults(run=_explain)
     explain.add_argument("job", metavar="JOB", nargs="?", help="all jobs in short without it")
@@ -172,6 +174,34 @@ def _add_calibrate(commands: Any) -> None:
         "--parameter-store", metavar="URL", action="append", default=[],
         help="measure this one instead of one made for the purpose; may be given for each kind",
     )  # fmt: skip
+
+
+def _add_watching(commands: Any) -> None:
+    about = argparse.ArgumentParser(add_help=False)
+    about.add_argument("path", metavar="PATH", type=Path, help="folder of the fleet")
+    about.add_argument("--metric", metavar="NAME", help="what jobs are compared by")
+    about.add_argument("--mode", choices=["max", "min"], help="which way the metric is better")
+    status = commands.add_parser("status", parents=[about], help="show a fleet in the terminal")
+    status.set_defaults(run=_status)
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
+    how.add_argument("--json", action="store_true", help="everything that is known, as JSON")
+    report = commands.add_parser("report", parents=[about], help="write about a fleet as HTML")
+    report.set_defaults(run=_report)
+    report.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("report.html"), help="(report.html)"
+    )
+    dashboard = commands.add_parser(
+        "dashboard", parents=[about], help="show a fleet on a web page that updates itself"
+    )
+    dashboard.set_defaults(run=_dashboard)
+    dashboard.add_argument(
+        "--host", metavar="ADDRESS", default="127.0.0.1",
+        help="where to listen (127.0.0.1); one that others can reach gets a token",
+    )  # fmt: skip
+    dashboard.add_argument(
+        "--port", metavar="N", type=_checked("natural"), default=0, help="(any free one)"
+    )
 
 
 def _checked(converter: str) -> Any:
@@ -284,6 +314,71 @@ def _explain(arguments: argparse.Namespace) -> int:
         _console().print(explain_text.table(jobs))
     else:
         print("no job was submitted to this fleet")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    """``smlt status``."""
+    from rich.live import Live
+
+    from smlt_tune.backend.watching.metrics import choose
+    from smlt_tune.backend.watching.reading import Watch
+    from smlt_tune.backend.watching.status import picture
+    from smlt_tune.runtime.clock import SYSTEM_CLOCK
+
+    watch, console = Watch(arguments.path), _console()
+
+    def now() -> "RenderableType":
+        shot = watch.snapshot()
+        most = max(5, console.height - 12) if arguments.watch else 50
+        return picture(shot, choose(shot.jobs, arguments.metric, arguments.mode), most=most)
+
+    if arguments.json:
+        print(json.dumps(watch.snapshot().to_json(), allow_nan=False, indent=1))
+    elif arguments.watch:
+        with Live(now(), console=console, auto_refresh=False) as live:
+            while True:
+                SYSTEM_CLOCK.sleep(1.0)
+                live.update(now(), refresh=True)
+    else:
+        console.print(now())
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """``smlt report``."""
+    from smlt_tune.backend.watching.metrics import choose
+    from smlt_tune.backend.watching.reading import Watch
+    from smlt_tune.backend.watching.report_page import write
+
+    shot = Watch(arguments.path).snapshot()
+    write(shot, choose(shot.jobs, arguments.metric, arguments.mode), arguments.out)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    """``smlt dashboard``."""
+    from smlt_tune.backend.watching.dashboard import Dashboard, is_loopback
+    from smlt_tune.backend.watching.metrics import Metric, choose
+    from smlt_tune.backend.watching.reading import Watch
+    from smlt_tune.backend.watching.snapshot import Snapshot
+
+    def metric(shot: Snapshot) -> Metric:
+        return choose(shot.jobs, arguments.metric, arguments.mode)
+
+    watch = Watch(arguments.path)
+    metric(watch.snapshot())
+    token = None if is_loopback(arguments.host) else secrets.token_urlsafe(24)
+    with Dashboard(
+        watch, metric, host=arguments.host, port=arguments.port, token=token
+    ) as dashboard:
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        secret = f"?token={token}" if token else ""
+        print(f"http://{host}:{dashboard.port}/{secret}", flush=True)
+        if token:
+            print("anyone who sees this address may read; the connection is not encrypted")
+        dashboard.serve()
     return 0
 
 
