@@ -131,6 +131,7 @@ def forecast(
         target: To be reached or passed by the metric itself, noise included.
         falling: Less is better, as of a loss; otherwise more, as of an accuracy.
         best: No curve passes this value: 0 for a loss that is not negative, 1 for an accuracy.
+            Predictions are clearly better for knowing it.
 
     Returns:
         None if fewer than ``FEWEST`` epochs have a finite value.

@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from smlt_tune.backend.resource_manager.observations import Interval
 from smlt_tune.backend.sweeps.loss_curves import FEWEST, Forecast, forecast, moved
 from smlt_tune.errors import InvalidInput
 
+CURVES = Path(__file__).parents[3] / "benchmarks" / "curves" / "curves.json"
 EPOCHS = np.arange(1, 101)
 FALLING = {
     "CE-scaling": 1 / (0.3 * EPOCHS + 1) + 0.2,
@@ -86,6 +89,26 @@ def test_more_epochs_narrow_the_interval():
     ]
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] < 0.5
+
+
+def test_real_trainings_are_foretold():
+    """From 30 % of their epochs to where they are after half of them."""
+    errors, covered = [], []
+    for training in json.loads(CURVES.read_text(encoding="utf-8")):
+        for metric, values in training["curves"].items():
+            sign, best = (-1.0, 1.0) if metric == "accuracy" else (1.0, 0.0)
+            y = sign * np.array(values, float)
+            seen, half = math.ceil(0.3 * len(y)), len(y) // 2
+            target = float(np.median(y[half - 5 : half]))
+            reached = int(np.flatnonzero(y <= target)[0]) + 1
+            if reached > seen:
+                given = {"falling": sign > 0, "best": best}
+                epochs = forecast(sign * y[:seen], sign * target, **given).epochs
+                errors.append(abs(epochs.mid / reached - 1.0))
+                covered.append(epochs.low <= reached <= epochs.high)
+    assert len(errors) > 50
+    assert np.median(errors) < 0.1
+    assert 0.8 < np.mean(covered) <= 1.0
 
 
 def test_the_same_curve_gives_the_same_forecast():
