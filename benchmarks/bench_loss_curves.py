@@ -3,10 +3,11 @@
 ``curves/record.py`` recorded them. A part of each curve is shown, from its beginning; targets are
 where the curve, smoothed, is at 50, 75 and 100 % of its epochs, if it is not there yet; the truth
 is the first epoch whose value, noise included, is at the target. Error: |predicted - true| / true,
-infinite if the target is given up. Constants of the model were chosen on the even trainings (of the
-first 44, so without the larger data set); the figures of the odd ones are those to believe, and the
-ones that are drawn. A target better than all of a curve, by a tenth of its range, tells how often
-a prediction promises within the recorded epochs what does not come.
+infinite if the target is given up. Constants of the model were chosen on the even trainings; the
+figures of the odd ones are those to believe, and the ones that are drawn (their batches and widths
+are larger, so they are somewhat other trainings, too). A target better than all of a curve, by a
+tenth of its range, tells how often a prediction promises within the recorded epochs what does not
+come.
 
     python benchmarks/bench_loss_curves.py
     SMLT_BENCH_QUICK=1 python benchmarks/bench_loss_curves.py
@@ -226,7 +227,7 @@ def draw(rows, found, facts):
         axes[1].vlines(true, [r["low"] for r in here], high, color=colour, lw=0.6, alpha=0.5)
     axes[1].plot([8, 110], [8, 110], color="#888888", lw=0.8)
     axes[1].set(xlabel="true epochs", ylabel="predicted, 90 % interval", ylim=(8, 400))
-    axes[1].set_title(f"{SHOWN:.0%} seen")
+    axes[1].set_title(f"{SHOWN:.0%} of the epochs seen")
     axes[1].legend(fontsize=8)
     width = 0.8 / len(METHODS)
     here = [one for one in believed if one["seen"] == SHOWN and one["group"].startswith("at ")]

@@ -60,8 +60,10 @@ _RECENCIES = (1.0, 3.0, 8.0)
 #: Share of the epochs that a fit has to foretell, at least so many.
 _HELD_OUT, _HELD_OUT_LEAST = 1.0 / 3.0, 2
 #: What is left is no white noise: shapes that are not the true one leave waves. So many epochs
-#: count as one.
+#: count as one, ...
 _EPOCHS_PER_FACT = 2.0
+#: ... and however many are held out, they say no more about shapes than so many.
+_FACTS = 4.0
 #: How much likelier than not a curve ends at the best possible value, before it is seen.
 _ODDS_OF_BEST = 4.5
 #: Draws from all fits, and points of the distribution over epochs.
@@ -271,6 +273,7 @@ def _all_fits(x: Array, g: Array, y: Array, floor: float) -> tuple[_Fits, Array]
     family = _grid()[0].astype(int)
     prior = -np.log(np.bincount(family))[family]
     held_out = max(_HELD_OUT_LEAST, round(_HELD_OUT * len(y)))
+    facts = min(_FACTS, held_out / _EPOCHS_PER_FACT)
     cut = len(y) - held_out
     noise2 = _noise(y) ** 2
     fits, evidence = [], []
@@ -281,7 +284,7 @@ def _all_fits(x: Array, g: Array, y: Array, floor: float) -> tuple[_Fits, Array]
             left2 = before.left(g[:, cut:], y[cut:]) ** 2
             spike = 9.0 * np.median(left2, axis=1, keepdims=True) + noise2
             left2 = np.minimum(left2, spike).mean(axis=1)
-            likelihood = -0.5 * held_out / _EPOCHS_PER_FACT * np.log(left2 + noise2)
+            likelihood = -0.5 * facts * np.log(left2 + noise2)
             odds = math.log(_ODDS_OF_BEST) if ends_at_floor else 0.0
             evidence.append(likelihood + prior + odds)
             fits.append(_fit(g, y, x**recency, floor, ends_at_floor=ends_at_floor))
