@@ -31,17 +31,18 @@ def picture(shot: Snapshot, metric: Metric, *, most: int = 20) -> RenderableType
     leader = best(shot.jobs, metric)
     if leader is not None:
         value = words.value(leader.last(metric.name))
-        shown.append(Text(f"best     {_clean(metric.name)} {value}  {leader.job_id}", "green"))
+        shown.append(
+            Text(f"best     {_clean(metric.name)} {value}  {_clean(leader.job_id)}", "green")
+        )
     if shot.state == CRASHED:
         told = "its client ended without closing it: Fleet.open continues it; what is reserved may"
         shown.append(Text(f"{told} have been spent", "red"))
     if shot.jobs:
         shown += [Text(), _jobs(ranked(shot.jobs, metric), metric, most)]
     for failure in shot.failures[-_FAILURES:]:
-        line = f"{words.seconds(failure.time_s):>8}  {failure.job_id}  {failure.what}"
-        shown.append(
-            Text(f"{line}  {_clean(failure.detail)}", "red", no_wrap=True, overflow="ellipsis")
-        )
+        told = (_clean(text) for text in (failure.job_id, failure.what, failure.detail))
+        line = "  ".join((f"{words.seconds(failure.time_s):>8}", *told))
+        shown.append(Text(line, "red", no_wrap=True, overflow="ellipsis"))
     return Group(*shown)
 
 
@@ -91,9 +92,9 @@ def _jobs(rows: Sequence[JobView], metric: Metric, most: int) -> Table:
         table.add_column(Text(head), justify="left" if left else "right", no_wrap=head != "why")
     for job in rows[:most]:
         table.add_row(
-            job.job_id,
-            Text(job.status, _COLOURS.get(job.status, "")),
-            words.allocation(job.allocation) if job.allocation else "-",
+            Text(_clean(job.job_id)),
+            Text(_clean(job.status), _COLOURS.get(job.status, "")),
+            Text(_clean(words.allocation(job.allocation)) if job.allocation else "-"),
             words.value(job.last(metric.name)),
             words.seconds(job.time_s),
             words.usd(job.cost_usd),
