@@ -4,8 +4,8 @@
 where the curve, smoothed, is at 50, 75 and 100 % of its epochs, if it is not there yet; the truth
 is the first epoch whose value, noise included, is at the target. Error: |predicted - true| / true,
 infinite if the target is given up. Constants of the model were chosen on the even trainings; the
-figures of the odd ones are those to believe, and the ones that are drawn (their batches and widths
-are larger, so they are somewhat other trainings, too). A target better than all of a curve, by a
+figures of the odd ones are those to believe, and the ones that are drawn (of each pair, the one
+with the larger batch or rate, or the rate that decays: somewhat other trainings, too). A target better than all of a curve, by a
 tenth of its range, tells how often a prediction promises within the recorded epochs what does not
 come.
 
