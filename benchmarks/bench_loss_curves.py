@@ -4,10 +4,10 @@
 where the curve, smoothed, is at 50, 75 and 100 % of its epochs, if it is not there yet; the truth
 is the first epoch whose value, noise included, is at the target. Error: |predicted - true| / true,
 infinite if the target is given up. Constants of the model were chosen on the even trainings; the
-figures of the odd ones are those to believe, and the ones that are drawn (of each pair, the one
-with the larger batch or rate, or the rate that decays: somewhat other trainings, too). A target better than all of a curve, by a
-tenth of its range, tells how often a prediction promises within the recorded epochs what does not
-come.
+figures of the odd ones are those to believe, and the ones that are drawn. (Of each pair of
+trainings, the odd one has the larger batch or rate, or the rate that decays.) A target better than
+all of a curve, by a tenth of its range, tells how often a prediction promises within the recorded
+epochs what does not come.
 
     python benchmarks/bench_loss_curves.py
     SMLT_BENCH_QUICK=1 python benchmarks/bench_loss_curves.py
