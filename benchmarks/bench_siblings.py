@@ -11,10 +11,11 @@ Per job, one after the other, so that other load on the machine meets all alike:
   median;
 * then in turn, beginning with another one each time: the *best of the grid* that keeps the limit,
   as a whole job (or the next best, if this breaks the limit by more than 2 % when it is really
-  run: the grid's cells are short, and one of them is always lucky); the resource manager with the profiles of the siblings (*shared*); without them
-  (*alone*); and the recipe of the *SMLT* paper: Gaussian process with expected improvement over raw
-  workers and memory, 10 profiling runs of 5 iterations after a first one, then the best that was
-  seen, all paid for. Its first profile is in the middle of the grid;
+  run: the grid's cells are short, and one of them is always lucky); the resource manager with the
+  profiles of the siblings (*shared*); without them (*alone*); and the recipe of the *SMLT* paper:
+  Gaussian process with expected improvement over raw workers and memory, 10 profiling runs of 5
+  iterations after a first one, then the best that was seen, all paid for. Its first profile is in
+  the middle of the grid;
 * with ``--quick``, for the last, the manager with the profiles but without being told features.
 
 To save time *SMLT* runs only for siblings 1, 4 and 8, *alone* for these and the later ones.
@@ -149,7 +150,7 @@ def best_first(cells, goal):
 
 
 def best_run(cloud, fleet, training, goal, cells):
-    """The best cell that keeps the limit when it is run, and its run; the last one tried if none."""
+    """The best cell that keeps the limit when run, and the run; the last one tried if none."""
     for cell in cells[:MOST_TRIES]:
         run = cloud.pinned(fleet, training, cell.workers, cell.memory_mb)
         if real_jobs.overshoot(run, goal) <= KEPT:
