@@ -151,8 +151,7 @@ def _mistakes(name: str, arrays: list[NDArray[Any]]) -> list[str]:
 def _by_value() -> Iterator[None]:
     """Within it, cloudpickle takes the user's own modules along instead of naming them."""
     with _PICKLING:
-        # By name: a module may stand in sys.modules more than once.
-        modules = {m.__name__: m for m in list(sys.modules.values()) if _is_users(m)}
+        modules = _users_modules.now()
         registered = cloudpickle.list_registry_pickle_by_value()
         fresh = [m for name, m in modules.items() if name not in registered]
         for module in fresh:
@@ -162,6 +161,25 @@ def _by_value() -> Iterator[None]:
         finally:
             for module in fresh:
                 cloudpickle.unregister_pickle_by_value(module)
+
+
+class _UsersModules:
+    """The user's own modules by name; looked for again when others have been imported."""
+
+    def __init__(self) -> None:
+        self._of: list[Any] = []
+        self._found: dict[str, ModuleType] = {}
+
+    def now(self) -> dict[str, ModuleType]:
+        modules = list(sys.modules.values())
+        if modules != self._of:
+            # By name: a module may stand in sys.modules more than once.
+            self._found = {m.__name__: m for m in modules if _is_users(m)}
+            self._of = modules
+        return self._found
+
+
+_users_modules = _UsersModules()  # guarded by _PICKLING
 
 
 def _is_users(module: Any) -> bool:

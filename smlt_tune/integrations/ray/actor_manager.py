@@ -1,7 +1,7 @@
 """Tune's manager of actors, which serves the trials on a fleet by itself.
 
 Everything that concerns other trials goes to Ray's own manager. A trial on a fleet is pending until
-the fleet has functions for it: one at a time is let in and asks for them.
+the fleet has functions for it.
 """
 
 import uuid
@@ -12,6 +12,7 @@ from typing import Any
 from ray.air.execution._internal import RayActorManager, TrackedActor
 from ray.air.execution.resources import ResourceManager
 
+from smlt_tune.integrations.ray.entrance import Entrance
 from smlt_tune.integrations.ray.experiment import Experiment
 from smlt_tune.integrations.ray.inbox import Inbox
 from smlt_tune.integrations.ray.trial_request import TrialRequest
@@ -36,7 +37,7 @@ class VirtualActorManager(RayActorManager):
         self._inbox = Inbox()
         self._virtual: dict[TrackedActor, VirtualActor] = {}
         self._waiting: deque[TrackedActor] = deque()
-        self._entering: VirtualTrial | None = None
+        self._entrance = Entrance()
         self._let_go: list[VirtualTrial] = []
         self._actors_first = False
 
@@ -135,14 +136,16 @@ class VirtualActorManager(RayActorManager):
         return live or bool(self._pending_actors_to_attrs)
 
     def _let_in(self) -> bool:
-        """Starts the next trial, unless the one before still waits for functions."""
-        if not self._waiting or (self._entering is not None and self._entering.queued):
+        """Starts the next trial, if there may be functions for it."""
+        waiting = set(self._waiting)
+        inside = (actor.trial for key, actor in self._virtual.items() if key not in waiting)
+        if not waiting or not self._entrance.open(inside):
             return False
         tracked_actor = self._waiting.popleft()
         actor = self._virtual[tracked_actor]
         self._live_actors_to_ray_actors_resources[tracked_actor] = actor.handle()
         self._live_resource_cache = None
-        self._entering = actor.trial
+        self._entrance.enter(actor.trial)
         if tracked_actor._on_start:
             tracked_actor._on_start(tracked_actor)
         return True

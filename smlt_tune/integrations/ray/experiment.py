@@ -91,11 +91,11 @@ class Experiment:
         them as ``num_to_keep`` says.
         """
         fleet.keep_checkpoint(url)
-        trials = self.controller.get_trials() if self.controller else []
-        starts = [
-            trial.run_metadata.checkpoint_manager.latest_checkpoint_result for trial in trials
-        ]
-        needed = {url, *(start.metrics.get("smlt/checkpoint") for start in starts if start)}
+        assert self.controller is not None
+        needed = {url}
+        for trial in self.controller.get_trials():  # type: ignore[no-untyped-call]
+            if start := trial.run_metadata.checkpoint_manager.latest_checkpoint_result:
+                needed.add(start.metrics.get("smlt/checkpoint"))
         for before in [old for old, owner in self._donated.items() if owner == trial_id]:
             if before not in needed:
                 fleet.release_checkpoint(before)

@@ -45,7 +45,7 @@ class VirtualTrial:
         options: dict[str, Any],
         donate: Callable[[str], None],
     ) -> None:
-        self._fleet, self.trial, self._staged, self._donate = fleet, trial, staged, donate
+        self.fleet, self.trial, self._staged, self._donate = fleet, trial, staged, donate
         self._storage = copy.copy(storage)  # it counts checkpoints; Tune counts in its own
         self._options = _on_one_worker(options) if staged.keeps_files else options
         self._results = Results(trial.trial_id, trial.config)
@@ -60,11 +60,22 @@ class VirtualTrial:
         self._lock = threading.Lock()
 
     @property
-    def queued(self) -> bool:
-        """Whether it waits for its first functions."""
+    def entering(self) -> bool:
+        """Whether it has yet to get its first functions."""
         job = self._job
         asking = job is None or (job.status == QUEUED and not job.allocations)
         return asking and not self._failed and self._let_go is None
+
+    @property
+    def queued(self) -> bool:
+        """Whether it has asked the fleet for its first functions, and waits for them."""
+        return self._job is not None and self.entering
+
+    @property
+    def workers(self) -> int:
+        """Number of its functions; at least one, before that is known."""
+        at = self._job.allocation if self._job is not None else None
+        return at.workers if at else 1
 
     def describe(self) -> dict[str, Any]:
         """What Tune asks for before there is a result."""
@@ -94,7 +105,7 @@ class VirtualTrial:
         self._saved = newest
         if asked_for and not self._results.last["done"]:
             self._donate(newest.uri)
-        files = self._fleet.read_checkpoint(newest.uri) if self._staged.keeps_files else b""
+        files = self.fleet.read_checkpoint(newest.uri) if self._staged.keeps_files else b""
         return _TrainingResult(write_checkpoint(self._storage, newest, files), self._results.last)
 
     def release(self, *, pause: bool) -> None:
@@ -135,7 +146,7 @@ class VirtualTrial:
         if mistakes := object_refs("config", self.trial.config):
             raise InvalidInput(mistakes)
         with sending_to_functions():
-            job = attach(self._fleet, self.trial, self._staged, self._options, self._start)
+            job = attach(self.fleet, self.trial, self._staged, self._options, self._start)
         with self._lock:
             self._job = job
             if self._let_go is not None:  # Tune has changed its mind meanwhile

@@ -1,4 +1,7 @@
-"""Workers and drivers that are killed: nothing is lost, and nothing is trained twice."""
+"""Workers, drivers and clusters that are killed: nothing is lost, and nothing is trained twice.
+
+SMLT_TEST_ROUNDS=20 kills at 20 different moments.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ import pytest
 
 pytest.importorskip("ray.tune")
 
+import ray
 from ray import tune
 
 import smlt_tune as smlt
@@ -23,6 +27,7 @@ pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
 STEPS = 6
 TRIALS = 3
+ROUNDS = int(os.environ.get("SMLT_TEST_ROUNDS", "1"))
 
 DRIVER = """\
 import json, os, sys, time
@@ -52,9 +57,10 @@ def train(config):
         session.report(epoch=epoch, weight=model.weight.item())
 
 if __name__ == "__main__":
-    folder, mode = sys.argv[1:]
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             _temp_dir=os.environ["RAY_FOLDER"])
+    folder, mode, where, cluster = sys.argv[1:]
+    own = dict(num_cpus=1, include_dashboard=False, _temp_dir=cluster)
+    there = own if where == "new" else dict(address=cluster)
+    ray.init(log_to_driver=False, logging_level="ERROR", **there)
     register_smlt(platform=LocalPlatform(concurrency=3), policy=PinnedOrDefault())
     trainable = tune.with_resources(train, SmltResources(workers=1))
     if mode == "restore":
@@ -73,11 +79,12 @@ if __name__ == "__main__":
 """
 
 
-def driver(folder, mode, ray_folder):
+def driver(folder, mode, *cluster):
     (folder / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "-W", "ignore", folder / "driver.py", folder, mode, *cluster]
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(folder / "driver.py"), str(folder), mode],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_FOLDER": str(ray_folder)},
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -88,16 +95,21 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.timeout(400)  # two drivers, each with a cluster of its own
-def test_a_killed_driver_is_restored_on_a_new_cluster(cluster, tmp_path, ray_folder):
-    first = driver(tmp_path, "fit", ray_folder / "1")
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("attempt", range(ROUNDS))
+@pytest.mark.parametrize("where", ["same", "new"])
+def test_a_killed_driver_is_restored(cluster, tmp_path, ray_folder, where, attempt):
+    address = ray.get_runtime_context().gcs_address
+    clusters = [ray_folder / "1", ray_folder / "2"] if where == "new" else [address, address]
+    first = driver(tmp_path, "fit", where, clusters[0])
+    begun = 2 * TRIALS + 1 + attempt % (2 * TRIALS)
     try:
-        eventually(lambda: len(lines(tmp_path / "notes")) >= 2 * TRIALS + 1 or first.poll(), 120)
+        eventually(lambda: len(lines(tmp_path / "notes")) >= begun or first.poll(), 120)
         assert first.poll() is None
-    finally:
+    finally:  # with its cluster, if that is its own
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
-    second = driver(tmp_path, "restore", ray_folder / "2")
+    second = driver(tmp_path, "restore", where, clusters[1])
     try:
         said, _ = second.communicate(timeout=150)
     finally:
@@ -114,7 +126,10 @@ def test_a_killed_driver_is_restored_on_a_new_cluster(cluster, tmp_path, ray_fol
         assert all(counts[line] == 2 for line in again)
 
 
-def test_a_killed_worker_costs_at_most_one_step(fit, tmp_path):
+@pytest.mark.parametrize("attempt", range(ROUNDS))
+def test_a_killed_worker_costs_at_most_one_step(fit, tmp_path, attempt):
+    killed_at = (3 + attempt) % STEPS
+
     def train(config):
         import torch
 
@@ -127,7 +142,7 @@ def test_a_killed_worker_costs_at_most_one_step(fit, tmp_path):
             for (x,) in session.batches((torch.ones(2, 1),), batch_size=2):
                 with Path(config["notes"]).open("a") as notes:
                     notes.write(f"{epoch}\n")
-                if epoch == 3 and not Path(config["killed"]).exists():
+                if epoch == config["at"] and not Path(config["killed"]).exists():
                     Path(config["killed"]).touch()
                     os.kill(os.getpid(), signal.SIGKILL)
                 optimizer.zero_grad()
@@ -136,10 +151,11 @@ def test_a_killed_worker_costs_at_most_one_step(fit, tmp_path):
             session.report(epoch=epoch, weight=model.weight.item())
 
     paths = {name: str(tmp_path / name) for name in ("notes", "killed")}
-    [result] = fit(train, SmltResources(workers=1), space=paths)
+    [result] = fit(train, SmltResources(workers=1), space={"at": killed_at, **paths})
     assert result.metrics["training_iteration"] == STEPS
     assert result.metrics["weight"] == pytest.approx(STEPS * 0.5)
-    assert [int(line) for line in lines(tmp_path / "notes")] == [0, 1, 2, 3, 3, 4, 5]
+    trained = sorted(int(line) for line in lines(tmp_path / "notes"))
+    assert trained == sorted([*range(STEPS), killed_at])
 
 
 def test_files_that_were_reported_are_there_after_a_kill(fit, tmp_path):
