@@ -27,8 +27,6 @@ from tests.conftest import eventually
 pytestmark = [
     pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore:Consider boosting PBT performance:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The optimal value found for dimension"),  # of PB2's model
-    pytest.mark.filterwarnings("ignore:scipy.optimize. The `disp`:DeprecationWarning"),  # as well
 ]
 
 ON_ONE = SmltResources(workers=1)
@@ -114,6 +112,7 @@ def slow_saves(monkeypatch):
 
 @pytest.mark.parametrize("attempt", range(ROUNDS))
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of PB2's model
 def test_no_step_is_trained_that_no_scheduler_consumes(search, slow_saves, name, attempt):
     results, trained = search(SCHEDULERS[name]())
     told = [result.metrics["training_iteration"] for result in results]
