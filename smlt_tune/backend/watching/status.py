@@ -40,8 +40,8 @@ def picture(shot: Snapshot, metric: Metric, *, most: int = 20) -> RenderableType
     if shot.jobs:
         shown += [Text(), _jobs(ranked(shot.jobs, metric), metric, most)]
     for failure in shot.failures[-_FAILURES:]:
-        told = (_clean(text) for text in (failure.job_id, failure.what, failure.detail))
-        line = "  ".join((f"{words.seconds(failure.time_s):>8}", *told))
+        texts = (_clean(text) for text in (failure.job_id, failure.what, failure.detail))
+        line = "  ".join((f"{words.seconds(failure.time_s):>8}", *texts))
         shown.append(Text(line, "red", no_wrap=True, overflow="ellipsis"))
     return Group(*shown)
 
