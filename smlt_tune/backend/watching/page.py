@@ -149,7 +149,7 @@ def _facts(shot: Snapshot, metric: Metric) -> str:
         else "no budget recorded"
     )
     facts = [
-        ("spent", words.usd(money.settled), share),
+        ("settled", words.usd(money.settled), share),
         ("reserved", words.usd(money.reserved), "worst case of what is under way"),
         ("expected in the end", *_forecast(shot)),
         ("time", words.seconds(shot.elapsed_s), _ends(shot)),
@@ -200,7 +200,7 @@ def _bar(shot: Snapshot) -> str:
         f'<rect class="spent" width="{spent:.1f}" height="16"/>'
         f'<rect class="reserved" x="{spent:.1f}" width="{held:.1f}" height="16"/>'
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="16"/></svg>'
-        '<p class="quiet">blue: spent, yellow: reserved, black: expected in the end, '
+        '<p class="quiet">blue: settled, yellow: reserved, black: expected in the end, '
         "grey: free</p>"
     )
 
@@ -210,11 +210,11 @@ def _charts(shot: Snapshot, rows: Sequence[JobView], metric: Metric) -> Iterator
     now_s = shot.elapsed_s
     settled = _held([(one.time_s, one.settled) for one in shot.spending], now_s)
     taken = _held([(one.time_s, one.settled + one.reserved) for one in shot.spending], now_s)
-    lines = [Line("spent", settled, "spent", True), Line("and reserved", taken, "reserved", True)]
+    lines = [Line("settled", settled, "spent", True), Line("and reserved", taken, "reserved", True)]
     if shot.money.budget is not None and settled:
         budget = shot.money.budget
         lines.append(Line("budget", [(0.0, budget), (shot.elapsed_s, budget)], "limit"))
-    keys = [("spent", "spent"), ("spent and reserved", "reserved"), ("budget", "limit")]
+    keys = [("settled", "spent"), ("settled and reserved", "reserved"), ("budget", "limit")]
     yield chart("Money", lines, x=time, y=_dollars, legend=keys)
     workers = _held([(one.time_s, float(one.workers)) for one in shot.sizes], now_s)
     memory = _held([(one.time_s, one.memory_mb / 1024) for one in shot.sizes], now_s)

@@ -59,7 +59,7 @@ def _headline(shot: Snapshot) -> Text:
 
 def _money(shot: Snapshot) -> Text:
     money = shot.money
-    text = f"spent {words.usd(money.settled)}  reserved {words.usd(money.reserved)}"
+    text = f"settled {words.usd(money.settled)}  reserved {words.usd(money.reserved)}"
     if money.unknown < sum(not job.over for job in shot.jobs):
         left = f" without {money.unknown} jobs" if money.unknown else ""
         text += f"  expected {words.within(money.total, words.usd)}{left}"
