@@ -5,6 +5,7 @@ from typing import Any
 
 from ray.tune import TuneError
 from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.result import STDERR_FILE, STDOUT_FILE, TRIAL_INFO
 
 from smlt_tune.backend.fleet import Fleet
@@ -80,6 +81,8 @@ class Experiment:
         if self._fleet is not None and self._fleets is not None:
             for job in jobs_of(self._fleet, self._storage.experiment_dir_name):
                 job.stop("the experiment is over")
+            if self._donated:
+                self._release(self._fleet, list(self._donated))
             self._fleets.experiment_over(self._storage)
         self._fleet = None
 
@@ -91,16 +94,21 @@ class Experiment:
         them as ``num_to_keep`` says.
         """
         fleet.keep_checkpoint(url)
-        assert self.controller is not None
-        needed = {url}
-        for trial in self.controller.get_trials():  # type: ignore[no-untyped-call]
-            if start := trial.run_metadata.checkpoint_manager.latest_checkpoint_result:
-                needed.add(start.metrics.get("smlt/checkpoint"))
-        for before in [old for old, owner in self._donated.items() if owner == trial_id]:
-            if before not in needed:
-                fleet.release_checkpoint(before)
-                del self._donated[before]
+        self._donated.pop(url, None)
+        self._release(fleet, [old for old, by in self._donated.items() if by == trial_id])
         self._donated[url] = trial_id
+
+    def _release(self, fleet: Fleet, urls: list[str]) -> None:
+        """Keeps those of the states no longer that no trial is to start from."""
+        assert self.controller is not None
+        needed = set()
+        for trial in self.controller.get_trials():  # type: ignore[no-untyped-call]
+            start = trial.run_metadata.checkpoint_manager.latest_checkpoint_result
+            if start and trial.status != TuneTrial.TERMINATED:
+                needed.add(start.metrics.get("smlt/checkpoint"))
+        for url in set(urls) - needed:
+            fleet.release_checkpoint(url)
+            del self._donated[url]
 
     def _open(self, trial_name: str, storage: Any) -> Fleet:
         if self._fleet is None:

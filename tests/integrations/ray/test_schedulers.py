@@ -113,7 +113,7 @@ def slow_saves(monkeypatch):
 @pytest.mark.parametrize("attempt", range(ROUNDS))
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of PB2's model
-def test_no_step_is_trained_that_no_scheduler_consumes(search, slow_saves, name, attempt):
+def test_no_step_is_trained_that_no_scheduler_consumes(search, fleet, slow_saves, name, attempt):
     results, trained = search(SCHEDULERS[name]())
     told = [result.metrics["training_iteration"] for result in results]
     if name in ("FIFO", "ASHA", "HyperBand", "median"):
@@ -126,6 +126,7 @@ def test_no_step_is_trained_that_no_scheduler_consumes(search, slow_saves, name,
     assert max(told) == (4 if name == "HyperBand" else STEPS)
     if name in ("ASHA", "median"):
         assert min(told) < STEPS
+    assert fleet.object_store.list("kept/") == []
 
 
 def test_an_exploited_trial_goes_on_from_the_donors_weights(search):
