@@ -240,8 +240,8 @@ class Fleet:
             self._seen = (0, 0)
             unfinished = self._restore(parts.known)
             self._costs.begin()
-            if not parts.known:
-                parts.history.append("fleet", "", {"name": self._name})
+            given = {"budget_usd": budget_usd, "deadline_s": deadline_s}
+            parts.history.append("fleet", "", {"name": self._name, **given})
             self._resources = stack.pop_all()
         self._begin(unfinished)
 

@@ -161,7 +161,8 @@ class SimulatedFleet:
                 dict,
             )
             self._costs.begin()
-            self._history.append("fleet", "", {"name": name})
+            given = {"budget_usd": budget_usd, "deadline_s": deadline_s}
+            self._history.append("fleet", "", {"name": name, **given})
             self._resources = stack.pop_all()
         platform.listeners[name] = self._heard
         self._ticking = self._time.after(tick_s, self._tick)

@@ -310,8 +310,8 @@ def test_result_gives_up_waiting_when_told_to(fleet, tmp_path):
 
 
 def test_a_deadline_stops_what_still_runs(platform):
-    with smlt.Fleet(platform=platform, deadline_s=2.0) as fleet:
-        job = fleet.submit(jobs.train, {"epochs": 1000, "pause": 0.02}, workers=2)
+    with smlt.Fleet(platform=platform, deadline_s=4.0) as fleet:
+        job = fleet.submit(jobs.train, {"epochs": 1000, "pause": 0.02}, workers=2, memory_mb=1769)
         outcome = job.result(30)
         assert (outcome.status, outcome.reason) == ("stopped", "deadline")
         assert outcome.checkpoint is not None
