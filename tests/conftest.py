@@ -24,6 +24,11 @@ pytest.register_assert_rewrite("tests.contracts")
 # What was calibrated on this machine is none of the tests' business.
 os.environ["SMLT_HOME"] = "/nonexistent/smlt"
 
+# A shell that starts a command in the background lets it ignore Ctrl-C. Children inherit that, and
+# some tests send it to them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @dataclass(frozen=True)
 class RedisServer:
