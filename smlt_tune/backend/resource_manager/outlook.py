@@ -232,6 +232,8 @@ class Outlook:
         self._terms = self._job_terms(current)
         self.time_s = self._terms.time_s(np.exp(self._mean))
         self.cost_usd = self._terms.cost_usd(np.exp(self._mean))
+        # What the goal limits, as it is expected.
+        self._expected = self.time_s if isinstance(self._goal, Cheapest) else self.cost_usd
         self.allowed = np.ones(size, dtype=bool)
 
     def _job_terms(self, current: Allocation | None) -> JobTerms:
@@ -361,8 +363,7 @@ class Outlook:
             if good.any():
                 break
         else:
-            limited = self._limited(0.0)
-            good = possible & (limited <= NEARLY * limited[possible].min())
+            good = possible & (self._expected <= NEARLY * self._expected[possible].min())
         return int(np.argmin(np.where(good, self._objective() + self._another_move(), np.inf)))
 
     def _another_move(self) -> Array:
@@ -372,7 +373,7 @@ class Outlook:
             return np.zeros(len(self.workers))
         from scipy.special import ndtr
 
-        over = np.log(np.maximum(self._limited(0.0), 1e-18) / limit)
+        over = np.log(np.maximum(self._expected, 1e-18) / limit)
         terms, move_s = self._terms, self._terms.hold_up_s
         if isinstance(self._goal, Cheapest):  # both generations are billed
             move_s = terms.start_s + 2.0 * terms.hold_up_s
@@ -402,7 +403,7 @@ class Outlook:
 
     def limited(self, i: int) -> float:
         """What the goal limits, as it is expected."""
-        return float(self._limited(0.0)[i])
+        return float(self._expected[i])
 
     def at_risk(self, i: int) -> bool:
         """Whether an allocation is expected to break the goal's limit, or nearly so.
@@ -416,7 +417,7 @@ class Outlook:
         expected, facts = self.limited(i), self._facts
         used = facts.elapsed_s if isinstance(self._goal, Cheapest) else facts.spent_usd
         left = expected / (used + expected)
-        least = self._limited(0.0)[self.allowed & (self._fits >= FITS)].min(initial=expected)
+        least = self._expected[self.allowed & (self._fits >= FITS)].min(initial=expected)
         patience = PATIENCE * left if least <= (1.0 - 2.0 * PATIENCE) * limits[i] else 0.0
         return bool(expected > (RISK_SHARE + patience) * limits[i])
 
@@ -431,7 +432,7 @@ class Outlook:
         score = score + np.log(np.maximum(self._fits, 1e-12))
         limit = self._limit()
         if limit is not None and self._measurable():
-            middle = np.log(np.maximum(self._limited(0.0), 1e-18))
+            middle = np.log(np.maximum(self._expected, 1e-18))
             spread = np.maximum(np.log(np.maximum(self._limited(1.0), 1e-18)) - middle, 1e-6)
             score = score + log_ndtr((math.log(max(limit, 1e-18)) - middle) / spread)
         return int(np.argmax(np.where(self.allowed, score, -np.inf)))
@@ -512,7 +513,7 @@ class Outlook:
                 f"{UNKNOWN_ITERATIONS} of them, and no limit can be checked",
             )
         limit = self._limit()
-        if limit is None or self._limited(0.0)[best] <= limit:
+        if limit is None or self._expected[best] <= limit:
             return True, ()
         return self._infeasible(best, limit)
 
