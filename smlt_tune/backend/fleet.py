@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import queue
-import re
 import shutil
 import tempfile
 import threading
@@ -33,6 +32,8 @@ from smlt_tune.backend.job import (
     JobSpec,
     JobState,
     Report,
+    name_mistakes,
+    train_mistakes,
     workload_from_json,
 )
 from smlt_tune.backend.late_policy import LatePolicy, planner, resource_manager
@@ -898,15 +899,7 @@ def _workload_mistakes(workload: object) -> list[str]:
 def _submit_mistakes(
     train: object, job_id: object, seed: object, shards: object, lockstep: object
 ) -> list[str]:
-    mistakes = []
-    if not callable(train):
-        mistakes.append(
-            f"the training function must be callable with a configuration, got {train!r}"
-        )
-    if not isinstance(job_id, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", job_id):
-        mistakes.append(
-            f"name={job_id!r} must consist of 1 to 200 letters, digits, '.', '_' and '-'"
-        )
+    mistakes = train_mistakes(train) + name_mistakes(job_id)
     for what, value in (("seed", seed), ("shards", shards)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             mistakes.append(f"{what} must be a whole number of at least 0, not {value!r}")

@@ -1,5 +1,6 @@
 """A job: the record that the scheduler keeps, and the handle that the user holds."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -187,6 +188,20 @@ class JobSpec:
 def workload_from_json(body: Mapping[str, Any]) -> Workload:
     """From the fields of a workload."""
     return Workload(**{**body, "features": ModelFeatures(**body["features"])})
+
+
+def train_mistakes(train: object) -> list[str]:
+    """What is wrong with a training function, in one sentence; empty if nothing is."""
+    if callable(train):
+        return []
+    return [f"the training function must be callable with a configuration, got {train!r}"]
+
+
+def name_mistakes(name: object) -> list[str]:
+    """What is wrong with the name of a job, in one sentence; empty if nothing is."""
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
+        return []
+    return [f"name={name!r} must consist of 1 to 200 letters, digits, '.', '_' and '-'"]
 
 
 class JobState:

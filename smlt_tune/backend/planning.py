@@ -13,6 +13,7 @@ from typing import Any
 from smlt_tune.backend import isolated
 from smlt_tune.backend.artifact_manager import pickled
 from smlt_tune.backend.goals import Cheapest, Goal
+from smlt_tune.backend.job import train_mistakes
 from smlt_tune.backend.platform_tables import platform_table
 from smlt_tune.backend.platforms.base import Platform, PlatformLimits
 from smlt_tune.backend.prices import Prices, load_prices
@@ -78,7 +79,7 @@ def plan_job(
     """
     wanted = Cheapest() if goal is None else goal
     facts = JobFacts("plan", limits, wanted, bounds, functions=functions or limits.functions)
-    if mistakes := _not_callable(train) + check(facts):
+    if mistakes := train_mistakes(train) + check(facts):
         raise InvalidInput(mistakes)
     workload = measure(train, config, datasets=datasets, timeout_s=timeout_s)
     facts = replace(facts, workload=workload, iterations_left=workload.iterations)
@@ -145,9 +146,3 @@ def resource_manager(
             profiles = known.profiles(platform.fingerprint)
     stores = {DEFAULT_STORE: table.stores[_OWN_STORE]}
     return ResourceManager(table, stores, prices or load_prices(), profiles)
-
-
-def _not_callable(train: object) -> list[str]:
-    if callable(train):
-        return []
-    return [f"the training function must be callable with a configuration, got {train!r}"]

@@ -16,7 +16,6 @@ with SimulatedFleet(platform, budget_usd=5.0) as fleet:
 happens (stops a trial, submits the next one), it does in ``on_report`` and ``on_end``.
 """
 
-import re
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,7 +26,15 @@ from typing import Any, Self, cast
 
 from smlt_tune.backend.goals import Cheapest, Goal
 from smlt_tune.backend.history import History
-from smlt_tune.backend.job import PAUSED, Job, JobSpec, JobState, Report
+from smlt_tune.backend.job import (
+    PAUSED,
+    Job,
+    JobSpec,
+    JobState,
+    Report,
+    name_mistakes,
+    train_mistakes,
+)
 from smlt_tune.backend.late_policy import LatePolicy, resource_manager
 from smlt_tune.backend.ledger import Entry, Ledger
 from smlt_tune.backend.platforms.base import InvocationResult, is_positive
@@ -241,7 +248,7 @@ class SimulatedFleet:
         bounds = Bounds(workers, memory_mb, min_workers, max_workers, min_memory_mb, max_memory_mb)
         wanted = Cheapest() if goal is None else goal
         mistakes = check(JobFacts(job_id, self._platform.limits, wanted, bounds))
-        mistakes += _mistakes(train, job_id)
+        mistakes += train_mistakes(train) + name_mistakes(job_id)
         if job_id in self._states:
             mistakes.append(f"name={job_id!r} is taken")
         if start_from is not None and not self._known(start_from):
@@ -424,12 +431,3 @@ class _Happening(threading.Condition):
         if not predicate() and fleet.idle:
             raise UsageError("nothing goes on any more in the simulated fleet: jobs are paused")
         return predicate()
-
-
-def _mistakes(train: object, job_id: object) -> list[str]:
-    mistakes = []
-    if not callable(train):
-        mistakes.append(f"the training function must be callable, got {train!r}")
-    if not isinstance(job_id, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", job_id):
-        mistakes.append(f"name={job_id!r} must consist of letters, digits, '.', '_' and '-'")
-    return mistakes
