@@ -137,10 +137,10 @@ def test_no_metric_of_many_fast_trials_is_lost(fleet, tmp_path):
     ) as made:
         done(made)
         found = trials(made)
-        jobs = {job.job_id: job.result() for job in fleet.jobs()}
+        jobs = {job.job_id: job for job in fleet.jobs()}  # also those of other tests
         assert len(found) == 32
         for trial, (status, parameters, steps, finals) in found.items():
-            told = [r.metrics["loss"] for r in jobs[f"{made.id}-{trial}"].reports]
+            told = [r.metrics["loss"] for r in jobs[f"{made.id}-{trial}"].result().reports]
             best = (parameters["x"] - 0.5) ** 2 + parameters["y"]
             assert status == "SUCCEEDED"
             assert steps == told == pytest.approx([best, best - 0.1, best - 0.2])
