@@ -355,9 +355,13 @@ class Watched:
 
 
 class Cloud:
-    """The platform, its prices and the data. Use it as a context manager."""
+    """The platform, its prices and the data. Use it as a context manager.
 
-    def __init__(self):
+    Args:
+        **options: Further ones of the local platform.
+    """
+
+    def __init__(self, **options):
         cores = len(os.sched_getaffinity(0))
         self.cores_per_vcpu = (cores - RESERVED_CORES) / CONCURRENCY
         self.prices = load_prices()
@@ -367,6 +371,7 @@ class Cloud:
             cores_per_vcpu=self.cores_per_vcpu,
             billing="wall",
             keep_alive_s=60.0,
+            **options,
         )
 
     def __enter__(self):
