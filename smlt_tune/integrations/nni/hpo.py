@@ -14,6 +14,7 @@ from smlt_tune.backend.goals import Cheapest
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, check
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.nni import compat
+from smlt_tune.integrations.nni.manager_guard import ManagerGuard
 from smlt_tune.integrations.nni.metrics import LOG
 from smlt_tune.integrations.nni.server import TrialServer
 from smlt_tune.integrations.nni.trial_function import TrialFunction
@@ -75,6 +76,7 @@ class SmltExperiment(Experiment):  # type: ignore[misc]
         self._options = {"goal": goal, "seed": seed, **bounds}
         self._stopped = {job.job_id for job in fleet.jobs() if job.status == "stopped"}
         self._server: TrialServer | None = None
+        self._guard: ManagerGuard | None = None
 
     def start(
         self, port: int = 8080, debug: bool = False, run_mode: RunMode = RunMode.Background
@@ -108,16 +110,22 @@ class SmltExperiment(Experiment):  # type: ignore[misc]
         self._server = TrialServer(
             self._file, port, prefix, self._metric, self._submit, self._no_more_trials
         )
+        self._guard = ManagerGuard(self.id, port)
         try:
             super()._start_nni_manager(port, debug, run_mode, tuner_command_channel, list(tags))
         except BaseException:
-            self._server.close()
+            self._close()
             raise
 
     def _stop_nni_manager(self) -> None:
         super()._stop_nni_manager()
+        self._close()
+
+    def _close(self) -> None:
         if self._server is not None:
             self._server.close()
+        if self._guard is not None:
+            self._guard.close()
 
     def _stop_logging(self) -> None:
         compat.close_log(self.id)

@@ -1,4 +1,7 @@
-"""NNI's tuners: real manager, real clients, trials as jobs."""
+"""NNI's tuners: real manager, real clients, trials as jobs.
+
+SMLT_TEST_TRIALS=200 SMLT_TEST_CONCURRENCY=64 runs more trials, more at once.
+"""
 
 import http.client
 import json
@@ -20,6 +23,9 @@ import smlt_tune as smlt
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.nni import SmltExperiment
 from tests.conftest import eventually, free_ports
+
+TRIALS = int(os.environ.get("SMLT_TEST_TRIALS", "32"))
+CONCURRENCY = int(os.environ.get("SMLT_TEST_CONCURRENCY", "16"))
 
 SPACE = {
     "x": {"_type": "uniform", "_value": [0, 1]},
@@ -115,7 +121,7 @@ def begun(made):
 
 
 def done(made):
-    eventually(lambda: made.get_status() == "DONE", 150)
+    eventually(lambda: made.get_status() == "DONE", 150 + TRIALS)
 
 
 def trials(made):
@@ -132,13 +138,12 @@ def trials(made):
 
 
 def test_no_metric_of_many_fast_trials_is_lost(fleet, tmp_path):
-    with Running(
-        lambda: experiment(quadratic, tmp_path, fleet, trials=32, concurrency=16, tuner="TPE")
-    ) as made:
+    options = {"trials": TRIALS, "concurrency": CONCURRENCY, "tuner": "TPE"}
+    with Running(lambda: experiment(quadratic, tmp_path, fleet, **options)) as made:
         done(made)
         found = trials(made)
         jobs = {job.job_id: job for job in fleet.jobs()}  # also those of other tests
-        assert len(found) == 32
+        assert len(found) == TRIALS
         for trial, (status, parameters, steps, finals) in found.items():
             told = [r.metrics["loss"] for r in jobs[f"{made.id}-{trial}"].result().reports]
             best = (parameters["x"] - 0.5) ** 2 + parameters["y"]
@@ -221,35 +226,59 @@ def test_the_budget_of_the_fleet_ends_the_experiment(platform, tmp_path):
 
 
 DRIVER = """\
-import sys, warnings
+import sys, time, warnings
 warnings.simplefilter("ignore")
 import smlt_tune as smlt
-from tests.integrations.nni.test_hpo import endless, experiment
+from tests.integrations.nni import test_hpo
 
 if __name__ == "__main__":
-    with smlt.Fleet(path=sys.argv[1] + "/fleet") as fleet:
-        made = experiment(endless, sys.argv[1], fleet, trials=3, concurrency=1, id="killed")
-        made.run(int(sys.argv[2]))
+    folder, port, train, trials = sys.argv[1:]
+    options = {"trials": int(trials), "concurrency": 1, "id": "killed"}
+    with smlt.Fleet(path=folder + "/fleet") as fleet:
+        made = test_hpo.experiment(getattr(test_hpo, train), folder, fleet, **options)
+        made.run(int(port), wait_completion=False)
+        while made.get_status() != "DONE":
+            time.sleep(0.1)
+        open(folder + "/done", "w").close()
+        time.sleep(1000)
 """
+
+
+def driver_of(folder, port, train, trials):
+    """A process that runs an experiment; a file ``done`` says when all trials are."""
+    script = folder / "driver.py"
+    script.write_text(DRIVER)
+    home = Path(nni.tools.nnictl.constants.NNI_HOME_DIR).parent
+    return subprocess.Popen(
+        [sys.executable, str(script), str(folder), str(port), train, str(trials)],
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "HOME": str(home)},
+    )
+
+
+@pytest.mark.timeout(300)
+def test_the_manager_ends_with_a_driver_that_is_killed_while_no_trial_runs(tmp_path):
+    [port] = free_ports(1)
+    with driver_of(tmp_path, port, "quadratic", trials=1) as driver:
+        try:
+            eventually(lambda: driver.poll() is not None or (tmp_path / "done").exists(), 170)
+            assert listens(port)
+            assert mentioned(str(port), "manager_guard")
+        finally:
+            driver.kill()
+    eventually(lambda: not mentioned(tmp_path, "") and not mentioned(str(port), ""), 100)
+    assert not listens(port)
 
 
 @pytest.mark.timeout(300)
 def test_nothing_outlives_a_driver_that_is_killed_and_its_experiment_goes_on(platform, tmp_path):
-    script = tmp_path / "driver.py"
-    script.write_text(DRIVER)
     [port] = free_ports(1)
-    home = Path(nni.tools.nnictl.constants.NNI_HOME_DIR).parent
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "HOME": str(home)}
-    driver = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), str(port)], env=environment
-    )
-    try:
-        eventually(lambda: driver.poll() is not None or mentioned(tmp_path, "trial"), 170)
-        eventually(lambda: driver.poll() is not None or list(tmp_path.glob("fleet/logs/*")), 170)
-        assert driver.poll() is None
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+    with driver_of(tmp_path, port, "endless", trials=3) as driver:
+        try:
+            eventually(lambda: driver.poll() is not None or mentioned(tmp_path, "trial"), 170)
+            eventually(lambda: driver.poll() is not None or [*tmp_path.glob("fleet/logs/*")], 170)
+            assert driver.poll() is None
+        finally:
+            driver.kill()
     eventually(lambda: not mentioned(tmp_path, "") and not listens(port), 100)
     with smlt.Fleet.open(tmp_path / "fleet", platform=platform) as fleet:
         [job] = fleet.jobs()
