@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nni.nas.space import ExecutableModelSpace, ModelStatus, SimplifiedModelSpace
 
-from smlt_tune.backend.job import AllocationRecord, DecisionRecord
+from smlt_tune.backend.job import AllocationRecord, DecisionRecord, Report
 from smlt_tune.backend.resource_manager.observations import Workload
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ class Candidate:
 
     Attributes:
         number: How many were submitted before it.
-        name: Of its job.
+        name: Of its first job, and the beginning of the names of further ones.
         model: As NNI knows it, with its metrics.
         workload: What training it takes, if that was measured before it started.
         status: ``frozen`` while it waits, then NNI's status of the model; ``failed`` stays also if
             a strategy tries the model again, which is a new candidate.
         job: Its job; None before that, and if there never was one.
         error: Why it failed or was interrupted.
-        earlier_usd: What its jobs have cost that were stopped before it was resumed, USD.
+        stopped: Its earlier jobs, which were stopped when the search was interrupted.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Candidate:
     status: ModelStatus = ModelStatus.Frozen
     job: "Job | None" = None
     error: str = ""
-    earlier_usd: float = 0.0
+    stopped: "tuple[Job, ...]" = ()
 
     @property
     def over(self) -> bool:
@@ -57,7 +57,7 @@ class Candidate:
     @property
     def cost_usd(self) -> float:
         """What it has cost so far, USD; also if it failed."""
-        return self.earlier_usd + (self.job.cost_usd if self.job else 0.0)
+        return sum(job.cost_usd for job in (*self.stopped, self.job) if job)
 
     @property
     def allocations(self) -> tuple[AllocationRecord, ...]:
@@ -68,6 +68,22 @@ class Candidate:
     def decisions(self) -> tuple[DecisionRecord, ...]:
         """What the resource manager said of it, with the evidence."""
         return self.job.decisions if self.job else ()
+
+    @property
+    def job_name(self) -> str:
+        """Of the job that it has or gets."""
+        return _job_name(self.name, len(self.stopped))
+
+    @property
+    def start_from(self) -> str | None:
+        """The newest checkpoint of its earlier jobs."""
+        found = (job.result().checkpoint for job in reversed(self.stopped))
+        return next((checkpoint for checkpoint in found if checkpoint), None)
+
+    def earlier_reports(self) -> list[Report]:
+        """What its earlier jobs have told, in order."""
+        found = {report.index: report for job in self.stopped for report in job.result().reports}
+        return [found[index] for index in sorted(found)]
 
     def __str__(self) -> str:
         return f"candidate {self.number} ({self.name})"
@@ -92,8 +108,8 @@ class Candidate:
     ) -> "Candidate":
         """What :meth:`to_state` gave.
 
-        One that is not over has no metrics: its job reports again what it has reported. Where that
-        job was stopped when the search was interrupted, it gets another one.
+        One that is not over has no metrics: its jobs are asked again for what they have reported.
+        Where the last of them was stopped when the search was interrupted, it gets another one.
 
         Args:
             number: How many there are before it.
@@ -103,16 +119,17 @@ class Candidate:
         """
         model = space.freeze(state["sample"])
         candidate = cls(number, state["name"], model, error=state["error"])
-        status = ModelStatus(state["status"])
-        candidate.job = jobs.get(candidate.name)
+        status, found = ModelStatus(state["status"]), []
+        while (job := jobs.get(_job_name(candidate.name, len(found)))) is not None:
+            found.append(job)
         if status.completed():
             candidate.status = model.status = status
             model.metrics = type(model.metrics)._load(**state["metrics"])
-            return candidate
-        attempt = 1
-        while candidate.job is not None and candidate.job.status == "stopped":
-            candidate.earlier_usd += candidate.job.cost_usd
-            attempt += 1
-            candidate.name = f"{state['name']}-{attempt}"
-            candidate.job = jobs.get(candidate.name)
+        if found and (status.completed() or found[-1].status != "stopped"):
+            candidate.job = found.pop()
+        candidate.stopped = tuple(found)
         return candidate
+
+
+def _job_name(name: str, earlier: int) -> str:
+    return f"{name}-{earlier + 1}" if earlier else name

@@ -208,7 +208,7 @@ class SmltExecutionEngine(DispatchingEngine):
             self._decide(candidate, ModelStatus.Interrupted, str(error))
         else:
             tell = partial(self._tell, candidate)
-            thread = follow(candidate.job, self._config.metric, str(candidate), tell)
+            thread = follow(candidate, candidate.job, self._config.metric, tell)
             self._running[candidate] = thread
 
     def _tell(self, candidate: Candidate, what: Metric | tuple[ModelStatus, str]) -> None:
@@ -232,6 +232,6 @@ class SmltExecutionEngine(DispatchingEngine):
         if error:
             LOG.warning("%s: %s: %s", candidate, status.value, error)
         if candidate.job is not None:
-            self._limits.ended(candidate.job.cost_usd, error)
+            self._limits.ended(candidate.cost_usd, error)
         self.dispatch_model_event(TrainingEndEvent(candidate.model, status))
         self._start_waiting()

@@ -17,6 +17,8 @@ import smlt_tune as smlt
 from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.nni import SmltEngineConfig, install
+from smlt_tune.integrations.nni.candidates import Candidate
+from tests.conftest import eventually
 from tests.integrations.nni.searches import Space, experiment, native, odd, run, score, slow, tell
 
 
@@ -250,39 +252,57 @@ def test_a_killed_candidate_stops_costing_and_the_search_goes_on(fleet, tmp_path
     assert fleet.reserved_usd == 0
 
 
-def test_an_interrupted_search_is_resumed(tmp_path, shared_platform):
-    trained = threading.Event()
-    notes = {"folder": str(tmp_path), "seconds": 1.0}
+def test_an_interrupted_search_is_resumed_from_checkpoints(tmp_path, shared_platform):
     samples = widths(2, 3, 4, 5)
-    first = experiment(
-        Given(samples, 3, trained.wait), slow, tmp_path, trials=4, concurrency=2, id="resumed",
-        arguments=notes,
-    )  # fmt: skip
-    first.strategy._initialize = lambda space, engine: engine.register_model_event_callback(
-        ModelEventType.TrainingEnd, lambda event: trained.set()
-    )
+    options = {
+        "trials": 4, "concurrency": 2, "id": "resumed",
+        "arguments": {"folder": str(tmp_path), "seconds": 2.0},
+    }  # fmt: skip
+
+    def begun(width):
+        notes = tmp_path / f"{width}-0"
+        return notes.read_text().split() if notes.exists() else []
+
+    def third_has_a_checkpoint():
+        eventually(lambda: len(begun(4)) > 2)
+
+    first = experiment(Given(samples, 3, third_has_a_checkpoint), slow, tmp_path, **options)
     first.run()  # returns: NNI stops an experiment that is interrupted
     before = {c.sample["width"]: c.status.value for c in first.candidates()}
-    assert len(before) == 3
-    assert sorted(before.values()).count("trained") in (1, 2)
+    assert list(before) == [2, 3, 4]
+    assert "trained" in before.values()
+    assert before[4] != "trained"
     assert not any(t.name == "smlt-nni" for t in threading.enumerate())
     spent = first._engine.fleet.settled_usd
     assert spent > 0
 
-    second = experiment(
-        Given(samples), slow, tmp_path, trials=4, concurrency=2, id="resumed", arguments=notes
-    )
+    second = experiment(Given(samples), slow, tmp_path, **options)
     second.resume()
     again = by_width(second)
     assert {width: c.status.value for width, c in again.items()} == dict.fromkeys(
         (2, 3, 4, 5), "trained"
     )
     assert all(c.metric == score(c.sample) for c in again.values())
+    assert all(c.model.metrics.intermediates == [0.0, 1.0, 2.0, 3.0] for c in again.values())
     for width, status in before.items():
         if status == "trained":  # it has not run again
-            assert (tmp_path / f"{width}-0").read_text().split() == ["0", "1", "2", "3"]
+            assert begun(width) == ["0", "1", "2", "3"]
+    assert begun(4).count("0") == 1
+    [stopped] = again[4].stopped
+    assert again[4].cost_usd == stopped.cost_usd + again[4].job.cost_usd
     assert second._engine.fleet.settled_usd > spent
     second.stop()
+
+    state = again[4].to_state()
+    jobs = {job.job_id: job for job in second._engine.fleet.jobs()}
+    known = Candidate.from_state(2, state, second._exec_model_space, jobs)
+    assert [job.job_id for job in known.stopped] == [stopped.job_id]
+    assert known.cost_usd == again[4].cost_usd
+    state["status"] = "training"  # as if it had been stopped once more
+    del jobs[again[4].job.job_id]
+    once_more = Candidate.from_state(2, state, second._exec_model_space, jobs)
+    assert once_more.job is None
+    assert once_more.job_name == again[4].job_name
 
 
 def test_a_resumed_tuner_is_told_what_it_has_forgotten(fleet, tmp_path, monkeypatch):
