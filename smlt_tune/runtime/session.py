@@ -507,6 +507,8 @@ class Session:
         batch = min(data.batch_size, data.size)
         if self._workload.tell(self._objects, batch, self._course.total()):
             self._pace.forget_chunk()
+            if self._pace.iterations:  # decisions wait for what is left of another batch size
+                self._sign_of_life(waiting=False)
 
     def _first_iteration(self, data: DataIterator) -> int:
         """Where a loop begins: what has trained before the program was interrupted is skipped."""

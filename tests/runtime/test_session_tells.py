@@ -1,5 +1,7 @@
 """What rank 0 tells the scheduler of the job: what it computes, its times, what is left."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,6 +78,14 @@ def test_a_new_batch_size_is_told_before_its_first_iteration(job):
             in_loop = event.position[8:14] == "l00002"
             assert not in_loop or batch == sizes[epoch]
     assert told == [(10, 13), (22, 13), (44, 13)]
+
+
+def test_with_a_new_batch_size_comes_what_is_left(job):
+    sizes = [10, 10, 22, 44]
+    job.run(train(epochs=4, batch_size=lambda epoch: sizes[epoch]))
+    events = [e for e in job.events() if isinstance(e, wire.Workload | wire.Progress)]
+    after = [b for a, b in pairwise(events) if isinstance(a, wire.Workload)]
+    assert [event.left for event in after] == [12, 3, 1]  # the first is known once it has trained
 
 
 def test_unfrozen_parameters_are_told(job):
