@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -226,14 +226,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
     _require("smlt sweep", "optuna")
     from smlt_tune.backend.sweeps.sweep import load
 
-    sweep = load(arguments.file)
-    given = {
-        "budget_usd": arguments.budget,
-        "deadline_s": arguments.deadline,
-        "trials": arguments.trials,
-        "seed": arguments.seed,
-    }
-    sweep = replace(sweep, **{name: value for name, value in given.items() if value is not None})
+    sweep = load(
+        arguments.file,
+        budget_usd=arguments.budget,
+        deadline=arguments.deadline,
+        trials=arguments.trials,
+        seed=arguments.seed,
+    )
     return _run(sweep, arguments.out or Path(f"{sweep.name}-report"), arguments.project)
 
 

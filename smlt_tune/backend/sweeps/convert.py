@@ -57,6 +57,29 @@ def natural(value: Any) -> int:
     return value
 
 
+def several(value: Any) -> int:
+    """A whole number of at least 2."""
+    if count(value) < 2:
+        raise Mistake(f"expected a whole number of at least 2, not {value!r}")
+    return int(value)
+
+
+def non_negative(value: Any) -> float:
+    """A number of at least 0."""
+    found = number(value)
+    if found < 0:
+        raise Mistake(f"expected a number of at least 0, not {value!r}")
+    return found
+
+
+def percent(value: Any) -> float:
+    """A number between 0 and 100."""
+    found = number(value)
+    if not 0 <= found <= 100:
+        raise Mistake(f"expected a number from 0 to 100, not {value!r}")
+    return found
+
+
 def truth(value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool):

@@ -1,6 +1,7 @@
 """YAML with line numbers: every mistake of a file in one error, each with its place."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,20 @@ class Section:
         """Where a key stands; the section's own line if it is absent."""
         return self._key_lines.get(key, self.line)
 
+    def put(self, key: str, value: Any) -> None:
+        """Replaces a value; the key keeps its place."""
+        node = yaml.compose(yaml.safe_dump(value), Loader=yaml.SafeLoader)
+        assert node is not None
+        self._nodes[key] = node
+
+    def plain(self) -> dict[Any, Any]:
+        """Everything in it as plain values; without what cannot be understood."""
+        found = {}
+        for key, node in self._nodes.items():
+            with suppress(Mistake):
+                found[key] = construct(node)
+        return found
+
     def wrong(self, key: str, message: str) -> None:
         """Notes a mistake at a key."""
         self.mistakes.add(self.line_of(key), f"{self._where}{key}: {message}")
@@ -135,8 +150,12 @@ def construct(node: yaml.Node) -> Any:
         loader.dispose()
 
 
-def read(path: Path) -> Section:
+def read(path: Path, given: Mapping[str, Any] | None = None) -> Section:
     """The top of a YAML file.
+
+    Args:
+        path: The file.
+        given: Settings that replace those of the file.
 
     Raises:
         InvalidInput: There is no such file, or it is no YAML mapping.
@@ -155,4 +174,7 @@ def read(path: Path) -> Section:
         raise InvalidInput(f"{path}:{line}: not YAML: {problem}") from error
     if not isinstance(node, yaml.MappingNode):
         raise InvalidInput(f"{path}:1: expected settings such as 'trials: 20'")
-    return Section(node, "", Mistakes(path))
+    top = Section(node, "", Mistakes(path))
+    for key, value in (given or {}).items():
+        top.put(key, value)
+    return top

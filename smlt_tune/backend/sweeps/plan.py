@@ -30,7 +30,7 @@ from smlt_tune.backend.platforms.base import PlatformLimits
 from smlt_tune.backend.resource_manager.observations import Allocation, Interval, Prediction
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, Plans, check
 from smlt_tune.backend.sweeps import words
-from smlt_tune.backend.sweeps.space import Categorical, FloatParameter, Parameter
+from smlt_tune.backend.sweeps.drawing import at
 from smlt_tune.backend.sweeps.sweep import Sweep
 from smlt_tune.errors import InvalidInput
 
@@ -154,40 +154,10 @@ def configurations_of(sweep: Sweep) -> list[tuple[str, dict[str, Any]]]:
     strata = np.stack([random.permutation(DRAWN) for _ in space], axis=1)
     drawn = (strata + random.random(strata.shape)) / DRAWN
     return [
-        ("lowest", {one.name: quantile(one, 0.0) for one in space}),
-        ("highest", {one.name: quantile(one, 1.0) for one in space}),
-        *(
-            (
-                f"drawn {number}",
-                {one.name: quantile(one, u) for one, u in zip(space, row, strict=True)},
-            )
-            for number, row in enumerate(drawn.tolist(), 1)
-        ),
+        ("lowest", at(space, [0.0] * len(space))),
+        ("highest", at(space, [1.0] * len(space))),
+        *((f"drawn {number}", at(space, row)) for number, row in enumerate(drawn.tolist(), 1)),
     ]
-
-
-def quantile(parameter: Parameter, u: float) -> Any:
-    """The value below which a share ``u`` of random draws of a parameter lies."""
-    if isinstance(parameter, Categorical):
-        choices = parameter.choices
-        if all(isinstance(one, int | float) for one in choices):
-            choices = tuple(sorted(choices, key=lambda one: float(one or 0)))
-        return choices[_index(u, len(choices))]
-    low, high = parameter.low, parameter.high
-    if isinstance(parameter, FloatParameter):
-        if parameter.step is not None:
-            steps = math.floor((high - low) / parameter.step * (1 + 1e-9)) + 1
-            return low + _index(u, steps) * parameter.step
-        return float(low * (high / low) ** u) if parameter.log else low + u * (high - low)
-    if parameter.log:
-        value = (low - 0.5) * ((high + 0.5) / (low - 0.5)) ** u
-        return min(max(round(value), parameter.low), parameter.high)
-    steps = (parameter.high - parameter.low) // parameter.step + 1
-    return parameter.low + _index(u, steps) * parameter.step
-
-
-def _index(u: float, count: int) -> int:
-    return min(int(u * count), count - 1)
 
 
 def bounds_of(sweep: Sweep, params: Mapping[str, Any]) -> Bounds:

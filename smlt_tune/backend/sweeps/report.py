@@ -66,7 +66,7 @@ def _columns(board: Board, rows: list[Row]) -> list[str]:
 
 
 def _write_csv(board: Board, rows: list[Row], path: Path) -> None:
-    parameters = [parameter.name for parameter in board.sweep.space]
+    parameters = board.sweep.parameters
     metrics = _columns(board, rows)
     fixed = ["rank", "trial", "state", "why", board.sweep.metric]
     took = ["workers", "memory_mb", "seconds", "cost_usd", "reports"]
@@ -153,7 +153,7 @@ def _facts(board: Board, fleet: "Fleet", rows: list[Row]) -> str:
 
 def _table(board: Board, rows: list[Row]) -> str:
     sweep = board.sweep
-    parameters = [parameter.name for parameter in sweep.space]
+    parameters = sweep.parameters
     heads = ["#", "trial", "state", sweep.metric, *sweep.show, "reports", "workers", "MB"]
     heads += ["time", "cost", *parameters]
     head = "".join(f"<th>{escape(one)}</th>" for one in heads) + '<th class="l">why</th>'

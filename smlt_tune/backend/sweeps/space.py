@@ -1,6 +1,6 @@
 """The space of configurations that a sweep searches."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,36 @@ class WorkersFrom:
 
 
 def read_space(top: Section) -> tuple[Parameter, ...]:
-    """The setting ``space``."""
+    """The setting ``space``; empty if the file lists candidates instead."""
+    if "space" not in top and "candidates" in top:
+        return ()
     space = top.section("space")
     if space is None or not space.names():
         top.wrong("space", "expected at least one parameter, such as lr: {float: [0.001, 0.1]}")
         return ()
     found = [_parameter(space, name) for name in space.names()]
     return tuple(parameter for parameter in found if parameter is not None)
+
+
+def read_candidates(top: Section) -> tuple[Mapping[str, Any], ...]:
+    """The setting ``candidates``: a list of configurations; empty if there is none."""
+    found: tuple[Mapping[str, Any], ...] = top.take("candidates", _candidates, default=())
+    return found
+
+
+def _candidates(value: Any) -> tuple[Mapping[str, Any], ...]:
+    if not (isinstance(value, list) and value):
+        raise Mistake(f"expected a list of configurations such as [{{depth: 2}}], not {value!r}")
+    wrong = [str(place) for place, one in enumerate(value, 1) if not _is_configuration(one)]
+    if wrong:
+        raise Mistake(
+            f"expected settings by name, such as {{depth: 2}}; not so: number {', '.join(wrong)}"
+        )
+    return tuple(value)
+
+
+def _is_configuration(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(key, str) for key in value)
 
 
 def _parameter(space: Section, name: str) -> Parameter | None:
@@ -136,7 +159,11 @@ def _choices(value: Any) -> tuple[Scalar, ...]:
     return tuple(value)
 
 
-def read_workers(top: Section, space: tuple[Parameter, ...]) -> int | WorkersFrom | None:
+def read_workers(
+    top: Section,
+    space: tuple[Parameter, ...],
+    candidates: Sequence[Mapping[str, Any]] = (),
+) -> int | WorkersFrom | None:
     """The setting ``workers``: a number, or ``{from: parameter, map: {value: number}}``."""
     section = top.section("workers")
     if section is None:
@@ -149,7 +176,11 @@ def read_workers(top: Section, space: tuple[Parameter, ...]) -> int | WorkersFro
         return None
     parameter = next((one for one in space if one.name == name), None)
     values = _values(parameter)
-    if not values:
+    if candidates:
+        values = [one[name] for one in candidates if name in one]
+    if candidates and len(values) < len(candidates):
+        section.wrong("from", f"{name!r} is not set in every candidate")
+    elif not values:
         section.wrong("from", f"{name!r} is no categorical or int parameter of the space")
     elif table:
         _check_table(section, values, table)
@@ -167,7 +198,7 @@ def _values(parameter: Parameter | None) -> list[Any]:
 
 
 def _check_table(section: Section, values: list[Any], table: Mapping[Any, int]) -> None:
-    missing = [value for value in values if value not in table]
+    missing = [value for value in values if not (isinstance(value, Hashable) and value in table)]
     if missing:
         section.wrong("map", f"says nothing about {', '.join(map(repr, missing))}")
 

@@ -5,15 +5,18 @@ name: demo                      # names the report folder; default: the name of 
 train: fashion.py:train         # or package.module:function
 metric: accuracy                # a reported number
 direction: maximize             # or minimize
-trials: 20
+trials: 20                      # a grid and a list of candidates know by themselves
 parallel: 4                     # trials at once
 space:
   lr: {float: [0.001, 0.1], log: true}
   depth: {int: [1, 4]}
   kernel: {categorical: [3, 5]}
+# candidates: [{layers: [64, 32]}, {layers: [128]}]    # instead of the space: an explicit list
 config: {epochs: 5}             # what is the same in every trial
-sampler: {name: tpe, startup: 8}            # tpe or random
-pruner: {name: median, startup: 4, warmup: 1}   # median, asha or none
+sampler: {name: tpe, startup: 8}            # see search.py for all, with their settings
+pruner: {name: median, startup: 4, warmup: 1}
+# stages: {first: 1, factor: 2, count: 4}   # instead of the pruner: the best half goes on after
+                                            # 1, 2 and 4 reports; the 8th report is the last
 seed: 1
 workers: 2                      # or {from: kernel, map: {3: 1, 5: 2}}; or leave it to the fleet
 max_workers: 8
@@ -25,8 +28,8 @@ show: [parameters]              # further reported values in the leaderboard
 ```
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -36,22 +39,26 @@ from smlt_tune.backend.platforms import PLATFORMS
 from smlt_tune.backend.platforms.base import Platform
 from smlt_tune.backend.sweeps import convert, target
 from smlt_tune.backend.sweeps.document import Mistake, Section, read
-from smlt_tune.backend.sweeps.space import Parameter, WorkersFrom, read_space, read_workers
+from smlt_tune.backend.sweeps.drawing import draw, grid_size, without_points
+from smlt_tune.backend.sweeps.search import (
+    DRAWN,
+    PRUNERS,
+    SAMPLERS,
+    Choice,
+    Stages,
+    read_choice,
+    read_stages,
+)
+from smlt_tune.backend.sweeps.space import (
+    Parameter,
+    WorkersFrom,
+    read_candidates,
+    read_space,
+    read_workers,
+)
 
-_SAMPLERS = {"tpe": {"startup": convert.natural}, "random": {}}
-_PRUNERS = {
-    "median": {"startup": convert.natural, "warmup": convert.natural},
-    "asha": {"min_reports": convert.count, "factor": convert.count},
-    "none": {},
-}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A sampler or a pruner by name, with what was set of it."""
-
-    name: str
-    options: Mapping[str, int] = field(default_factory=dict)
+#: Stands for a number of trials that could not be read: it contradicts nothing.
+_MANY = 2**31
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,12 @@ class Sweep:
         direction: ``maximize`` or ``minimize``.
         trials: How many.
         parallel: How many at once.
-        space: What differs between trials.
+        space: What differs between trials; empty if there are candidates.
+        candidates: An explicit list of configurations; empty if there is a space.
         config: What does not.
         sampler: Where configurations come from.
         pruner: Which trials end early.
+        stages: Successive halving in stages, or None.
         seed: Of the sampler and of every job.
         workers: Per job, or None if the fleet decides.
         max_workers: Per job, or None.
@@ -80,6 +89,7 @@ class Sweep:
         platform: Where functions run.
         platform_options: What was set of it.
         show: Further reported values for the leaderboard.
+        document: The file, what was given beside it put in: plain values.
     """
 
     path: Path
@@ -91,9 +101,11 @@ class Sweep:
     trials: int
     parallel: int
     space: tuple[Parameter, ...]
+    candidates: tuple[Mapping[str, Any], ...]
     config: Mapping[str, Any]
     sampler: Choice
     pruner: Choice
+    stages: Stages | None
     seed: int
     workers: int | WorkersFrom | None
     max_workers: int | None
@@ -103,11 +115,32 @@ class Sweep:
     platform: str
     platform_options: Mapping[str, Any]
     show: tuple[str, ...]
+    document: Mapping[str, Any]
 
     @property
     def maximize(self) -> bool:
         """Whether more is better."""
         return self.direction == "maximize"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of what differs between trials."""
+        if self.candidates:
+            return tuple(dict.fromkeys(name for one in self.candidates for name in one))
+        return tuple(one.name for one in self.space)
+
+    def configurations(self) -> list[dict[str, Any]]:
+        """What the trials differ in, in their order, as far as no result influences it.
+
+        A sampler that learns from results has drawn none of them yet, but for those at random with
+        which it begins.
+        """
+        if self.candidates:
+            return [dict(one) for one in self.candidates[: self.trials]]
+        known = self.trials
+        if self.sampler.name not in DRAWN:
+            known = min(known, self.sampler.startup)
+        return draw(self.sampler, self.space, known, self.seed)
 
     def open_platform(self) -> Platform:
         """The platform, for whoever asks to close.
@@ -129,18 +162,22 @@ class Sweep:
         return self.workers(params) if isinstance(self.workers, WorkersFrom) else self.workers
 
 
-def load(path: str | Path) -> Sweep:
+def load(path: str | Path, **given: Any) -> Sweep:
     """Reads and checks a sweep file; imports the training function.
+
+    Args:
+        path: The file.
+        **given: Settings that replace those of the file, unless they are None.
 
     Raises:
         InvalidInput: With every mistake, each as ``file:line: what is wrong``.
     """
     path = Path(path)
-    top = read(path)
-    space = read_space(top)
-    config = top.take("config", convert.mapping, default={})
-    for name in sorted({one.name for one in space} & set(config)):
-        top.wrong("config", f"{name!r} is in the space too")
+    top = read(path, {name: value for name, value in given.items() if value is not None})
+    space, candidates = read_space(top), read_candidates(top)
+    sampler = read_choice(top, "sampler", SAMPLERS, "random" if "stages" in top else "tpe")
+    if candidates and "sampler" not in top:
+        sampler = Choice("candidates")
     platform, platform_options = _platform(top)
     sweep = Sweep(
         path=path,
@@ -149,14 +186,16 @@ def load(path: str | Path) -> Sweep:
         train_name=top.take("train", str, default=""),
         metric=top.take("metric", convert.text),
         direction=top.take("direction", convert.one_of(["maximize", "minimize"]), "maximize"),
-        trials=top.take("trials", convert.count),
+        trials=_trials(top, space, candidates, sampler),
         parallel=top.take("parallel", convert.count, default=4),
         space=space,
-        config=config,
-        sampler=_choice(top, "sampler", _SAMPLERS, "tpe"),
-        pruner=_choice(top, "pruner", _PRUNERS, "none"),
+        candidates=candidates,
+        config=top.take("config", convert.mapping, default={}),
+        sampler=sampler,
+        pruner=read_choice(top, "pruner", PRUNERS, "none"),
+        stages=read_stages(top),
         seed=top.take("seed", convert.natural, default=0),
-        workers=read_workers(top, space),
+        workers=read_workers(top, space, candidates),
         max_workers=top.take("max_workers", convert.count, default=None),
         memory_mb=top.take("memory_mb", convert.count, default=None),
         budget_usd=top.take("budget_usd", convert.positive, default=None),
@@ -164,10 +203,58 @@ def load(path: str | Path) -> Sweep:
         platform=platform,
         platform_options=platform_options,
         show=top.take("show", convert.words, default=()),
+        document=top.plain(),
     )
+    for key, message in _contradictions(sweep):
+        top.wrong(key, message)
     top.refuse_others()
     top.mistakes.refuse()
     return sweep
+
+
+def _trials(
+    top: Section,
+    space: tuple[Parameter, ...],
+    candidates: tuple[Mapping[str, Any], ...],
+    sampler: Choice,
+) -> int:
+    """How many: as the file says; without that all candidates, or all of the grid."""
+    known = len(candidates) or None
+    if sampler.name == "grid" and not without_points(space, sampler.options.get("points")):
+        known = grid_size(space, sampler.options.get("points"))
+    found: int
+    if known is None:
+        found = top.take("trials", convert.count) or _MANY
+    else:
+        found = top.take("trials", convert.count, default=known)
+        if found > known:
+            what = "candidates" if candidates else "configurations in the grid"
+            top.wrong("trials", f"there are {known} {what}, not {found}")
+    return found
+
+
+def _contradictions(sweep: Sweep) -> Iterator[tuple[str, str]]:
+    """Settings that exclude each other: key and message."""
+    for name in sorted(set(sweep.parameters) & set(sweep.config)):
+        yield "config", f"{name!r} is in the {'candidates' if sweep.candidates else 'space'} too"
+    if sweep.candidates and sweep.space:
+        yield "candidates", "there is a space too: give one of them"
+    if sweep.candidates and sweep.sampler.name != "candidates":
+        yield "sampler", "candidates are trained as they are listed: there is nothing to sample"
+    loose = without_points(sweep.space, sweep.sampler.options.get("points"))
+    if sweep.sampler.name == "grid" and loose:
+        names = ", ".join(loose)
+        yield "sampler", f"a grid needs points: N, or a step of every float; without: {names}"
+    if sweep.stages is None:
+        return
+    if sweep.pruner.name != "none":
+        yield "pruner", "stages end trials themselves: leave the pruner out"
+    if sweep.sampler.name not in (*DRAWN, "candidates"):
+        known = ", ".join(DRAWN)
+        yield "sampler", f"stages start all trials before anything is known: choose one of {known}"
+    if sweep.trials < sweep.stages.fewest:
+        what = f"{sweep.stages.count} stages that keep one in {sweep.stages.factor}"
+        yield "stages", f"{what} need at least {sweep.stages.fewest} trials, not {sweep.trials}"
 
 
 def _name(value: Any) -> str:
@@ -201,19 +288,3 @@ def platform_class(name: str) -> Callable[..., Platform]:
     module, _, attribute = PLATFORMS[name].partition(":")
     found: Callable[..., Platform] = getattr(import_module(module), attribute)
     return found
-
-
-def _choice(top: Section, key: str, known: Mapping[str, Any], default: str) -> Choice:
-    """A name, or a mapping of a name and its options."""
-    section = top.section(key)
-    if section is None:
-        return Choice(top.take(key, convert.one_of(known), default=default))
-    name = section.take("name", convert.one_of(known))
-    given = {
-        option: section.take(option, check, default=None)
-        for option, check in known.get(name, {}).items()
-    }
-    options = {option: value for option, value in given.items() if value is not None}
-    if name is not None:
-        section.refuse_others()
-    return Choice(name or default, options)

@@ -181,8 +181,8 @@ class Terminal:
 
     def _configurations(self, rows: list[Row]) -> list["_Column"]:
         return [
-            _Column(one.name, [words.value(row.params.get(one.name)) for row in rows], 1)
-            for one in self._board.sweep.space
+            _Column(name, [words.value(row.params.get(name)) for row in rows], 1)
+            for name in self._board.sweep.parameters
         ]
 
     def _log(self, event: str, row: Row) -> None:
