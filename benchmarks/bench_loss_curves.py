@@ -27,7 +27,7 @@ import common  # noqa: E402
 import numpy as np  # noqa: E402
 from scipy.optimize import OptimizeWarning, curve_fit  # noqa: E402
 
-from smlt_tune.backend.sweeps.loss_curves import HORIZON, forecast  # noqa: E402
+from smlt_tune.backend.loss_curves import HORIZON, forecast  # noqa: E402
 
 CURVES = Path(__file__).parent / "curves" / "curves.json"
 SEEN = (0.3,) if common.QUICK else (0.2, 0.3, 0.4, 0.5, 0.7)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smlt_tune.backend.fleet import Fleet, Job, JobOutcome, Report
-    from smlt_tune.backend.goals import Cheapest, Fastest
+    from smlt_tune.backend.goals import Cheapest, Fastest, Target
     from smlt_tune.backend.resource_manager.observations import Workload
     from smlt_tune.errors import SmltError
     from smlt_tune.runtime.dry_run import model_features
@@ -28,6 +28,7 @@ _HOMES = {
     "Report": "smlt_tune.backend.fleet",
     "Session": "smlt_tune.runtime.session",
     "SmltError": "smlt_tune.errors",
+    "Target": "smlt_tune.backend.goals",
     "Workload": "smlt_tune.backend.resource_manager.observations",
     "model_features": "smlt_tune.runtime.dry_run",
     "session": "smlt_tune.runtime.session",
@@ -43,6 +44,7 @@ __all__ = [
     "Report",
     "Session",
     "SmltError",
+    "Target",
     "Workload",
     "__version__",
     "model_features",

@@ -17,6 +17,7 @@ PUBLIC = [
     "Report",
     "Session",
     "SmltError",
+    "Target",
     "Workload",
     "__version__",
     "model_features",

@@ -8,6 +8,7 @@ occasions to look at the job's allocation again:
 | ``workload`` | the model or the batch size is another one, at once |
 | ``measured`` | the first iterations of a generation have been measured |
 | ``progress`` | at every tenth of the job: what was spared so far may be used now |
+| ``forecast`` | it is expected to reach its target at another epoch than at the last decision |
 | ``drift`` | iterations take another time than the last decision was based on |
 | ``share`` | the job may take more functions, or is asked to give some back; a few jobs at a time |
 | ``time limit`` | the functions have to be started anew anyway |
@@ -17,6 +18,7 @@ the share of a core that all of them take, however many jobs run.
 """
 
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, replace
@@ -24,9 +26,10 @@ from heapq import nsmallest
 from typing import Any, TypeVar
 
 from smlt_tune.backend.generations import Generation, Record, Seen
-from smlt_tune.backend.goals import Cheapest, Fastest
+from smlt_tune.backend.goals import Cheapest, Fastest, is_number
 from smlt_tune.backend.job import DecisionRecord
 from smlt_tune.backend.late_policy import planner
+from smlt_tune.backend.loss_curves import forecast, moved
 from smlt_tune.backend.measurements import Measurement
 from smlt_tune.backend.resource_manager.observations import (
     DEFAULT_STORE,
@@ -141,6 +144,7 @@ class Adaptation:
         current = job.current
         assert current is not None
         self._due.pop(job.job_id, None)
+        job.decided_forecast = job.forecast
         measurement = job.measurements.get(_key(job.workload, current))
         if measurement is not None and measurement.iterations:
             job.iteration_s = self._tell(measurement).iteration_s  # it decides on the newest
@@ -237,6 +241,28 @@ class Adaptation:
             self._due.pop(job.job_id, None)
             self._due = {job.job_id: occasion, **self._due}
         self._due.setdefault(job.job_id, occasion)
+
+    def reported(self, job: Record) -> bool:
+        """It has reported; returns whether it has reached its target."""
+        target, reports = job.state.spec.target, job.state.reports
+        if target is None:
+            return False
+        values = [_number(report.metrics.get(target.metric)) for report in reports]
+        if any(target.reaches(value) for value in values):
+            return True
+        values = [math.nan] * job.state.spec.first_report + values
+        job.forecast = found = forecast(
+            values, target.value, falling=target.mode == "min", best=target.best
+        )
+        if job.left is None or job.workload is None or job.workload.iterations is None:
+            return False
+        job.beyond = 0
+        if found is not None and not found.never:
+            an_epoch = (job.workload.iterations - job.left) / len(values)
+            job.beyond = max(0, job.left - round((found.epochs.mid - len(values)) * an_epoch))
+        if moved(job.decided_forecast, found) and not self.is_pinned(job):
+            self._due.setdefault(job.job_id, "forecast")
+        return False
 
     def generation_over(self, job: Record, generation: Generation) -> None:
         """Its functions are gone: what was measured is kept for the siblings."""
@@ -346,6 +372,10 @@ def _on_usable_store(decision: Decision, facts: JobFacts) -> Decision:
     if decision.allocation.store in facts.stores:
         return decision
     return replace(decision, allocation=replace(decision.allocation, store=DEFAULT_STORE))
+
+
+def _number(value: object) -> float:
+    return float(value) if is_number(value) else math.nan
 
 
 def _alike(a: Workload, b: Workload) -> bool:

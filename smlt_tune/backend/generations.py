@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smlt_tune.backend.job import JobState
+from smlt_tune.backend.loss_curves import Forecast
 from smlt_tune.backend.measurements import Measurement
 from smlt_tune.backend.resource_manager.observations import Allocation, Decision, Workload
 from smlt_tune.errors import JobError
@@ -142,6 +143,11 @@ class Record:
         boot_s: Longest time from an invocation until its worker was ready, seconds.
         slowest_s: Longest time between two signs of life of a worker, seconds.
         step_s: The same, of those workers that can tell it.
+        held_back: Why it is paused, if not by its user.
+        beyond: How many of the training iterations that are left it is expected not to need, as it
+            reaches its target before.
+        forecast: When it is expected to.
+        decided_forecast: By which its allocation was last decided.
         fruitless_s: Longest lease that has ended without any progress, seconds.
     """
 
@@ -155,6 +161,7 @@ class Record:
     acknowledged: int = 0
     paused: bool = False
     paused_s: float = 0.0
+    held_back: str = ""
     begun_s: float | None = None
     position: str = ""
     strikes: int = 0
@@ -174,6 +181,9 @@ class Record:
     workload: Workload | None = None
     workload_changed: bool = False
     left: int | None = None
+    beyond: int = 0
+    forecast: Forecast | None = None
+    decided_forecast: Forecast | None = None
     seen: Seen | None = None
     other_share: float | None = None
     iteration_s: float = 0.0
@@ -201,6 +211,11 @@ class Record:
     def waits(self) -> bool:
         """Whether it has no functions, and wants some."""
         return self.plan is not None and not self.generations and not self.paused
+
+    @property
+    def iterations_left(self) -> int | None:
+        """Training iterations that it is expected to do yet; None if nobody knows."""
+        return None if self.left is None else max(0, self.left - self.beyond)
 
     @property
     def held(self) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from smlt_tune.errors import InvalidInput
 
@@ -42,6 +43,55 @@ class Fastest:
 
 
 Goal = Cheapest | Fastest
+
+
+@dataclass(frozen=True)
+class Target:
+    """When a job has trained long enough: once a reported metric is there.
+
+    Meanwhile its reports, one an epoch, are continued to the target, and the job's allocation is
+    chosen for the epochs that are left.
+
+    Attributes:
+        metric: A reported number.
+        value: To be reached or passed.
+        mode: ``"max"`` if larger is better, ``"min"`` if smaller is.
+        best: No training passes this value: 1 for an accuracy, 0 for most losses. Predictions are
+            clearly better for knowing it.
+
+    Raises:
+        InvalidInput: Lists everything that is wrong.
+    """
+
+    metric: str
+    value: float
+    mode: str = "max"
+    best: float | None = None
+
+    def __post_init__(self) -> None:
+        mistakes = []
+        if not (isinstance(self.metric, str) and self.metric):
+            mistakes.append(f"metric must be the name of a reported number, not {self.metric!r}")
+        if not is_number(self.value):
+            mistakes.append(f"value must be a finite number, not {self.value!r}")
+        if self.mode not in ("max", "min"):
+            mistakes.append(f"mode must be 'max' or 'min', not {self.mode!r}")
+        if self.best is not None and not is_number(self.best):
+            mistakes.append(f"best must be a finite number or None, not {self.best!r}")
+        elif not mistakes and self.best is not None and not self.reaches(self.best):
+            mistakes.append(f"value {self.value!r} is better than the best possible, {self.best!r}")
+        if mistakes:
+            raise InvalidInput([f"Target: {mistake}" for mistake in mistakes])
+
+    def reaches(self, value: float) -> bool:
+        """Whether a value of the metric is as good as the target."""
+        return value >= self.value if self.mode == "max" else value <= self.value
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def goal_mistakes(goal: object) -> list[str]:

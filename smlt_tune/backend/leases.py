@@ -1,5 +1,6 @@
 """How long functions may run, and what that may cost: the money of invocations."""
 
+import math
 from collections.abc import Sequence
 
 from smlt_tune.backend.generations import Record
@@ -50,12 +51,13 @@ class Leases:
             BudgetExhausted: There is not enough for a lease that is worth it.
         """
         lease_s = limit_s = self._platform.limits.time_limit_s
-        if self._ledger.budget_usd is None:
+        available_usd = self._ledger.available_usd
+        if math.isinf(available_usd):
             return lease_s
         at_once = self.worst_usd(allocation, 0.0) * allocation.workers
         hour = self.worst_usd(allocation, 3600.0) * allocation.workers
         per_s = (hour - at_once) / 3600.0
-        free = max(0.0, self._ledger.available_usd - at_once)
+        free = max(0.0, available_usd - at_once)
         affordable_s = 0.99 * free / per_s if per_s else lease_s
         shortest_s = min(limit_s, _shortest_s(job))
         useful_s = min(max(USEFUL_LEASE_S, shortest_s), affordable_s)
@@ -64,7 +66,7 @@ class Leases:
             raise BudgetExhausted(
                 f"{allocation.workers} functions of {allocation.memory_mb} MB cost "
                 f"{per_s:.9f} USD per second, and need {shortest_s:.1f} s at least; of the budget "
-                f"{self._ledger.available_usd:.9f} USD are free"
+                f"{available_usd:.9f} USD are free"
             )
         return lease_s
 

@@ -25,7 +25,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from smlt_tune.backend.prices import nanos_to_usd, usd_to_nanos
-from smlt_tune.errors import BudgetExhausted, InvalidInput
+from smlt_tune.backend.project_ledger import ProjectLedger
+from smlt_tune.errors import BudgetExhausted, InvalidInput, StoreError
+from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 
 _LOG = logging.getLogger(__name__)
 
@@ -99,16 +101,25 @@ class Ledger:
             recorded. If it raises, nothing changes and the error reaches the caller. Called with
             the ledger's lock held: it may read this ledger, but must not change it or wait for a
             thread that uses it.
+        project: Of the project's budget, which then has to cover every reservation as well.
+        clock: Time; tells other fleets of the project for how long they may wait for this one.
 
     Raises:
         InvalidInput: The budget is negative or not a finite number.
     """
 
     def __init__(
-        self, budget_usd: float | None, on_entry: Callable[[Entry], None] | None = None
+        self,
+        budget_usd: float | None,
+        on_entry: Callable[[Entry], None] | None = None,
+        *,
+        project: ProjectLedger | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._budget = None if budget_usd is None else _budget_nanos(budget_usd)
+        self._budget = None if budget_usd is None else budget_nanos("budget_usd", budget_usd)
         self._on_entry = on_entry
+        self._project, self._clock = project, clock
+        self._ends_at = 0.0
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._settled = 0
@@ -134,9 +145,19 @@ class Ledger:
 
     @property
     def available_usd(self) -> float:
-        """What may still be reserved, USD; infinite without a budget, negative if overspent."""
+        """What may still be reserved, USD; infinite without a budget, negative if overspent.
+
+        Of the fleet's budget or the project's, whichever leaves less.
+        """
         available = self.totals().available
+        if self._project is not None:
+            available = min(available, self._project.available())
         return available if math.isinf(available) else nanos_to_usd(int(available))
+
+    @property
+    def others_hold(self) -> bool:
+        """Whether other fleets of the project have reserved what may soon be free."""
+        return self._project is not None and self._project.others_hold()
 
     @property
     def overrun_usd(self) -> float:
@@ -164,7 +185,9 @@ class Ledger:
         with self._lock:
             return list(self._entries.values())
 
-    def reserve(self, entry_id: str, job: str, usd: float, what: str) -> None:
+    def reserve(
+        self, entry_id: str, job: str, usd: float, what: str, *, lasts_s: float = 0.0
+    ) -> None:
         """Sets the worst case of something aside, before it is started.
 
         Args:
@@ -172,6 +195,7 @@ class Ledger:
             job: Who pays, "" for the fleet.
             usd: The most that it can cost, USD.
             what: For people.
+            lasts_s: How long it may go on at most, seconds.
 
         Raises:
             BudgetExhausted: Less than that is available. Nothing was reserved.
@@ -184,6 +208,10 @@ class Ledger:
             totals = self.totals()
             if nanos > totals.available:
                 raise BudgetExhausted(_refusal(totals, nanos, job, what))
+            if self._project is not None:
+                self._ends_at = max(self._ends_at, self._clock.wall() + lasts_s)
+                reserved = totals.reserved + nanos
+                self._project.reserve(totals.settled, reserved, self._ends_at, _whose(what, job))
             self._write(Entry(entry_id, job, what, nanos_to_usd(nanos)))
 
     def settle(self, entry_id: str, usd: float) -> None:
@@ -262,6 +290,7 @@ class Ledger:
             for entry in last.values():
                 if entry.settled_usd is None and entry.entry_id not in still_running:
                     self.settle(entry.entry_id, known.get(entry.entry_id, entry.reserved_usd))
+            self._tell_project()
 
     def _find(self, entry_id: str) -> Entry:
         try:
@@ -271,9 +300,13 @@ class Ledger:
 
     def _write(self, entry: Entry) -> None:
         """Records the change, then makes it."""
-        if self._on_entry is not None:
-            self._on_entry(entry)
-        self._book(entry)
+        try:
+            if self._on_entry is not None:
+                self._on_entry(entry)
+            self._book(entry)
+        finally:  # after a settlement; or a reservation that could not be recorded is taken back
+            if entry.settled_usd is not None or entry.entry_id not in self._entries:
+                self._tell_project()
         if entry.overrun_usd:
             _LOG.error(
                 "%s (%s) cost %.9f USD, but its worst case was to be %.9f USD",
@@ -282,6 +315,14 @@ class Ledger:
                 entry.settled_usd,
                 entry.reserved_usd,
             )
+
+    def _tell_project(self) -> None:
+        if self._project is None:
+            return
+        try:
+            self._project.settle(self._settled, self._reserved, self._ends_at)
+        except StoreError as error:  # too much is reserved there until the next time
+            _LOG.warning("the ledger of the project could not be written: %s", error)
 
     def _book(self, entry: Entry) -> None:
         before = self._entries.get(entry.entry_id)
@@ -295,15 +336,23 @@ class Ledger:
         self._entries[entry.entry_id] = entry
 
 
-def _budget_nanos(budget_usd: object) -> int:
-    """Whole nano-dollars, rounded down."""
+def budget_nanos(name: str, budget_usd: object) -> int:
+    """A budget in whole nano-dollars, rounded down.
+
+    Args:
+        name: Of the argument.
+        budget_usd: Its value, USD.
+
+    Raises:
+        InvalidInput: It is negative or not a finite number.
+    """
     if (
         isinstance(budget_usd, bool)
         or not isinstance(budget_usd, int | float)
         or not (math.isfinite(budget_usd) and budget_usd >= 0)
     ):
         raise InvalidInput(
-            f"budget_usd must be a finite number of at least 0, or None, not {budget_usd!r}"
+            f"{name} must be a finite number of at least 0, or None, not {budget_usd!r}"
         )
     up = usd_to_nanos(budget_usd)
     return up - 1 if nanos_to_usd(up) > budget_usd else up
@@ -312,10 +361,14 @@ def _budget_nanos(budget_usd: object) -> int:
 def _refusal(totals: Totals, asked: int, job: str, what: str) -> str:
     available = int(totals.available)
     return (
-        f"{what}{f' of {job}' if job else ''} may cost {_shown(asked)}, but only "
+        f"{_whose(what, job)} may cost {_shown(asked)}, but only "
         f"{_shown(available)} of the budget of {_shown(totals.budget or 0)} are available "
         f"({_shown(totals.settled)} settled, {_shown(totals.reserved)} reserved)"
     )
+
+
+def _whose(what: str, job: str) -> str:
+    return f"{what} of {job}" if job else what
 
 
 def _shown(nanos: int) -> str:

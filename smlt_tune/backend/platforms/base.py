@@ -161,6 +161,15 @@ class Cancels(Protocol):
 
 
 @runtime_checkable
+class EndsWithClient(Protocol):
+    """A platform whose functions end when the client that invoked them dies, however it dies."""
+
+    @property
+    def outlives_s(self) -> float:
+        """How long after its death the last of them may still run, seconds."""
+
+
+@runtime_checkable
 class Scales(Protocol):
     """A platform that knows what its virtual CPUs are made of."""
 

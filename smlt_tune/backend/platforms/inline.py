@@ -46,6 +46,7 @@ class InlinePlatform:
     """
 
     name = "inline"
+    outlives_s = 0.0
 
     def __init__(
         self, *, entry: str = "smlt_tune.runtime.worker:run", clock: Clock = SYSTEM_CLOCK
@@ -160,7 +161,8 @@ def _describe(error: BaseException) -> str:
 
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.platforms.base import Platform, Scales
+    from smlt_tune.backend.platforms.base import EndsWithClient, Platform, Scales
 
     _: Platform = InlinePlatform()
+    _ends: EndsWithClient = InlinePlatform()
     _scales: Scales = InlinePlatform()

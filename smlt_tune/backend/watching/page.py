@@ -7,8 +7,10 @@ from urllib.parse import quote
 
 from smlt_tune.backend.explain import Step
 from smlt_tune.backend.job import STOPPED
+from smlt_tune.backend.resource_manager.observations import Interval
 from smlt_tune.backend.sweeps import words
 from smlt_tune.backend.watching.charts import Dot, Line, chart
+from smlt_tune.backend.watching.halt_report import halt_report
 from smlt_tune.backend.watching.metrics import Metric, best, ranked
 from smlt_tune.backend.watching.snapshot import (
     CRASHED,
@@ -289,20 +291,25 @@ def _cut(shot: Snapshot, metric: Metric, links: bool) -> str:
         return ""
     reasons = Counter(_first(view.reason) or view.status for view in cut)
     summary = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    halted = halt_report(shot)
+    rest = {one.job.job_id: one.rest_usd for one in halted.cut}
     rows = [
-        [_name(view, links), escape(_first(view.reason) or view.status), str(len(view.reports)),
-         words.value(view.last(metric.name)), words.usd(view.cost_usd), _rest(view)]
+        [_name(view, links), escape(_first(view.reason) or view.status),
+         "-" if view.done is None else f"{view.done:.0%}", str(len(view.reports)),
+         words.value(view.last(metric.name)), words.usd(view.cost_usd),
+         _within(rest.get(view.job_id, view.rest_usd))]
         for view in cut[:MOST_LINES]
     ]  # fmt: skip
-    heads = ["job", "why", "reports", escape(metric.name) or "metric", "cost", "would have cost"]
+    heads = ["job", "why", "done", "reports", escape(metric.name) or "metric", "cost", "to finish"]
+    told = "".join(f"<p>{escape(line)}.</p>" for line in halted.lines())
     return (
         f"<h2>Cut</h2><p>{len(cut)} of {len(shot.jobs)} jobs: {escape(summary)}"
-        f"{_left_out(cut)}</p>{_table(heads, rows, left=2)}"
+        f"{_left_out(cut)}</p>{told}{_table(heads, rows, left=2)}"
     )
 
 
-def _rest(view: JobView) -> str:
-    return "-" if view.expected_usd is None else words.within(view.expected_usd, words.usd)
+def _within(range_: Interval | None) -> str:
+    return "-" if range_ is None else words.within(range_, words.usd)
 
 
 def _jobs(shot: Snapshot, rows: Sequence[JobView], metric: Metric, links: bool) -> str:

@@ -81,6 +81,9 @@ class JobView:
         expected_usd: What all of it was last expected to cost; None if nobody said so.
         end_s: When it is expected to end; None if that is not known.
         lost: How many of its functions ended otherwise than by returning or being cancelled.
+        done: Share of its training iterations that was done when it was stopped; None if that is
+            not known, or it was not.
+        rest_usd: What it was expected to cost from there to its end; None likewise.
     """
 
     job_id: str
@@ -97,6 +100,8 @@ class JobView:
     expected_usd: Interval | None
     end_s: float | None
     lost: int
+    done: float | None = None
+    rest_usd: Interval | None = None
 
     @property
     def over(self) -> bool:
@@ -317,6 +322,9 @@ class _JobFold:
     reserved_usd: float = 0.0
     #: When the latest prediction was made, and what the job had cost then.
     predicted: tuple[float, float] | None = None
+    iterations: int | None = None
+    left: int | None = None
+    needs_usd: float | None = None
 
     @property
     def cost_usd(self) -> float:
@@ -332,6 +340,7 @@ class _JobFold:
         if ran is None:
             ran = 0.0 if started is None else max(0.0, now_s - started)
         total, end_s = self._expected(explained, cost)
+        stopped = status == STOPPED
         return JobView(
             job_id=explained.job_id,
             status=status,
@@ -347,7 +356,26 @@ class _JobFold:
             expected_usd=total,
             end_s=None if over or status != RUNNING else end_s,
             lost=self.lost,
+            done=self._done() if stopped else None,
+            rest_usd=self._rest(total, cost) if stopped else None,
         )
+
+    def _done(self) -> float | None:
+        if self.left is None or not self.iterations:
+            return None
+        return max(0.0, 1.0 - self.left / self.iterations)
+
+    def _rest(self, total: Interval | None, cost: float) -> Interval | None:
+        """By its last pace, as uncertain as the latest prediction; else by that."""
+        expected = None
+        if total is not None:
+            expected = Interval(*(max(0.0, x - cost) for x in (total.low, total.mid, total.high)))
+        if self.needs_usd is None:
+            return expected
+        if expected is None or not expected.mid:
+            return Interval(self.needs_usd, self.needs_usd, self.needs_usd)
+        scale = self.needs_usd / expected.mid
+        return Interval(scale * expected.low, self.needs_usd, scale * expected.high)
 
     def _expected(self, job: Explanation, cost: float) -> tuple[Interval | None, float | None]:
         """Total cost and end, by the latest decision that said something about them."""
@@ -416,6 +444,9 @@ class _Fold:
             job.started_s = now_s
         self._resize(event.job, job.allocation, now_s)
 
+    def _on_workload(self, event: HistoryEvent, now_s: float) -> None:
+        self.jobs[event.job].iterations = event.body.get("iterations")
+
     def _on_report(self, event: HistoryEvent, now_s: float) -> None:
         body = event.body
         self.jobs[event.job].reports[body["index"]] = Reported(
@@ -439,6 +470,8 @@ class _Fold:
 
     def _on_ended(self, event: HistoryEvent, now_s: float) -> None:
         self._resize(event.job, None, now_s)
+        job = self.jobs[event.job]
+        job.left, job.needs_usd = event.body.get("left"), event.body.get("needs_usd")
         if error := event.body.get("error"):
             self.failures.append(Failure(now_s, event.job, "job", ": ".join(map(str, error))))
 

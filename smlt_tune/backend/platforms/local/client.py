@@ -35,6 +35,9 @@ from smlt_tune.backend.platforms.local.supervisor import Settings
 from smlt_tune.errors import InvalidInput, PlatformError, Throttled
 from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 
+#: Functions end this long after the client at the latest, in seconds.
+OUTLIVES_S = 5.0
+
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +74,7 @@ class LocalPlatform:
     """
 
     name = "local"
+    outlives_s = OUTLIVES_S
 
     def __init__(
         self,
@@ -394,8 +398,9 @@ def _send(helper: Helper, message: channel.Message, payload: bytes = b"") -> Non
 
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.platforms.base import Cancels, Platform, Scales
+    from smlt_tune.backend.platforms.base import Cancels, EndsWithClient, Platform, Scales
 
     _: Platform = LocalPlatform()
     _cancels: Cancels = LocalPlatform()
+    _ends: EndsWithClient = LocalPlatform()
     _scales: Scales = LocalPlatform()

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smlt_tune.backend.loss_curves import FEWEST, Forecast, forecast, moved
 from smlt_tune.backend.resource_manager.observations import Interval
-from smlt_tune.backend.sweeps.loss_curves import FEWEST, Forecast, forecast, moved
 from smlt_tune.errors import InvalidInput
 
-CURVES = Path(__file__).parents[3] / "benchmarks" / "curves" / "curves.json"
+CURVES = Path(__file__).parents[2] / "benchmarks" / "curves" / "curves.json"
 EPOCHS = np.arange(1, 101)
 FALLING = {
     "CE-scaling": 1 / (0.3 * EPOCHS + 1) + 0.2,
