@@ -38,6 +38,8 @@ SEEDS = range(1) if common.QUICK else range(3)
 TRIALS, EPOCHS, CORES = (4, 2, 2) if common.QUICK else (32, 9, 2)
 SAMPLES = {"train_samples": 500 if common.QUICK else 6000, "test_samples": 500}
 ARMS = ("plain Ray", "on functions")
+#: Budget and deadline over what plain Ray has taken: a very short search has to pay first leases.
+SLACK = 10.0 if common.QUICK else 1.0
 
 
 class Told(Session):
@@ -116,6 +118,7 @@ def drive(arm, seed, budget_usd, deadline_s):
         run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[notes]),
     ).fit()  # fmt: skip
     wall_s, cpu_s = time.monotonic() - begun_s, time.process_time() - cpu_s
+    assert len(results.errors) < TRIALS, results.errors[0]
     if platform is None:
         cost_usd = notes.held_s * load_prices().invocation_usd(MB_PER_VCPU, 1.0)
     else:
@@ -187,7 +190,7 @@ def main():
     rows = []
     for seed in SEEDS:
         plain = measure(ARMS[0], seed)
-        ours = measure(ARMS[1], seed, plain["cost_usd"], plain["wall_s"])
+        ours = measure(ARMS[1], seed, SLACK * plain["cost_usd"], SLACK * plain["wall_s"])
         runs += [plain, ours]
         rows += [
             (
