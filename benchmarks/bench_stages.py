@@ -22,9 +22,9 @@ import numpy as np  # noqa: E402
 from stages import baselines, workloads  # noqa: E402
 
 from smlt_tune.backend.goals import Cheapest, Fastest  # noqa: E402
+from smlt_tune.backend.resource_manager.observations import Option  # noqa: E402
 from smlt_tune.backend.sweeps.stage_planner import (  # noqa: E402
     Stage,
-    StageOption,
     StageResult,
     plan_stages,
     replan,
@@ -219,8 +219,7 @@ def disturbed(model, kind, seed):
             Stage(
                 stage.trials,
                 tuple(
-                    StageOption(o.allocation, factor * o.time_s, factor * o.cost_usd)
-                    for o in options
+                    Option(o.allocation, factor * o.time_s, factor * o.cost_usd) for o in options
                 ),
             )
             for stage, factor in zip(stages, factors, strict=True)

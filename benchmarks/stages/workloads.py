@@ -26,7 +26,7 @@ import numpy as np
 
 from smlt_tune.backend.platform_tables import load_core
 from smlt_tune.backend.prices import load_prices
-from smlt_tune.backend.resource_manager.observations import Allocation
+from smlt_tune.backend.resource_manager.observations import Allocation, Option
 from smlt_tune.backend.resource_manager.physics import (
     THETA_MEAN,
     IterationTime,
@@ -34,7 +34,6 @@ from smlt_tune.backend.resource_manager.physics import (
     Points,
 )
 from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
-from smlt_tune.backend.sweeps.stage_planner import StageOption
 
 MB = 2**20
 TIME_LIMIT_S = 900.0
@@ -152,8 +151,7 @@ def options_of(model, epochs):
     iteration_s = np.exp(IterationTime(TABLE)(points, THETA_MEAN).ln_s)
     times, costs = terms.time_s(iteration_s), terms.cost_usd(iteration_s)
     return [
-        StageOption(place, float(t), float(c))
-        for place, t, c in zip(places, times, costs, strict=True)
+        Option(place, float(t), float(c)) for place, t, c in zip(places, times, costs, strict=True)
     ]
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from smlt_tune.backend.artifact_manager import ArtifactManager
+from smlt_tune.backend.changes import Change, Changes
+from smlt_tune.backend.dead_clients import most_usd
 from smlt_tune.backend.embedded_store import EmbeddedStore
-from smlt_tune.backend.goals import Cheapest, Fastest, Goal
+from smlt_tune.backend.goals import Cheapest, Fastest, Goal, Target
 from smlt_tune.backend.gradient_stores import BACK, GONE, GradientStores, read_given
 from smlt_tune.backend.history import History, HistoryEvent
 from smlt_tune.backend.job import (
@@ -32,18 +34,22 @@ from smlt_tune.backend.job import (
     JobSpec,
     JobState,
     Report,
+    metric_mistakes,
     name_mistakes,
     train_mistakes,
     workload_from_json,
 )
-from smlt_tune.backend.late_policy import LatePolicy, planner, resource_manager
-from smlt_tune.backend.ledger import Entry, Ledger
+from smlt_tune.backend.late_policy import LatePolicy, options_of, planner, resource_manager
+from smlt_tune.backend.leases import Leases
+from smlt_tune.backend.ledger import Entry, Ledger, budget_nanos
 from smlt_tune.backend.platforms import open_platform
 from smlt_tune.backend.platforms.base import InvocationResult, Platform, Spreads
 from smlt_tune.backend.prices import Prices, load_prices
 from smlt_tune.backend.profiles import open_profiles
+from smlt_tune.backend.project_ledger import ProjectLedger
 from smlt_tune.backend.resource_manager.observations import (
     DEFAULT_STORE,
+    Option,
     Profile,
     Workload,
     not_counts,
@@ -114,6 +120,14 @@ class Fleet:
             needs the extra ``smlt-tune[gp]``.
         project: Folder in which profiles of jobs are kept for later fleets, and those of earlier
             ones are found; None for ``path``.
+        project_budget_usd: What all fleets of the project together may cost, USD, besides the
+            budget of each. It is kept with the project and counts from then on: fleets that are
+            opened later keep to it without naming it, and one that names another changes it. What
+            was spent before it was first set is not part of it.
+        metric: Reported number that jobs are compared by when money or time will not do for all of
+            them: no new ones begin, then the worst are paused, so that the best are finished. None
+            to let all go on for as long as it lasts.
+        mode: ``"max"`` or ``"min"``: which way the metric is better.
         hang_timeout_s: Shortest silence of a worker that is taken for a hang, seconds. The bound
             grows with the measured time of the job's iterations.
         clock: Time.
@@ -137,13 +151,16 @@ class Fleet:
         prices: str | Path = "aws-us-east-1-2026-01",
         policy: AllocationPolicy | None = None,
         project: str | Path | None = None,
+        project_budget_usd: float | None = None,
+        metric: str | None = None,
+        mode: str = "max",
         hang_timeout_s: float = 30.0,
         clock: Clock = SYSTEM_CLOCK,
         _resume: bool = False,
     ) -> None:
         mistakes = _number_mistakes(
             budget_usd=budget_usd, deadline_s=deadline_s, hang_timeout_s=hang_timeout_s
-        )
+        ) + metric_mistakes(metric, mode)
         with ExitStack() as stack:
             embedded = None if parameter_store else stack.enter_context(EmbeddedStore())
             self.path = _folder(path, embedded, stack)
@@ -160,6 +177,7 @@ class Fleet:
                 self._objects_url,
                 options,
                 project or path,
+                project_budget_usd,
                 clock,
                 own_stores={
                     **({} if parameter_store else {"parameter_store": "redis://host:6379/0"}),
@@ -174,15 +192,17 @@ class Fleet:
             self._store = open_parameter_store(url)
             stack.callback(self._store.close)
             self._platform, self._clock = parts.platform, clock
-            self._history = parts.history
-            self._ledger = Ledger(budget_usd, self._record_entry)
-            self._ledger.restore(Entry(**e.body) for e in parts.known if e.kind == "ledger")
+            self._history, self._name = parts.history, parts.name
+            self._ledger = Ledger(
+                budget_usd, self._record_entry, project=parts.project_ledger, clock=clock
+            )
+            self._ledger.restore(
+                (Entry(**e.body) for e in parts.known if e.kind == "ledger"), settle_at=parts.most()
+            )
             self._objects: ObjectStore = parts.objects
-            paid = self._objects_url.startswith("s3:")
-            if paid:
+            if parts.paid_requests:
                 self._objects = PaidObjectStore(parts.objects, self._ledger, parts.prices)
             self._artifacts = ArtifactManager(self._objects)
-            self._name = _fleet_name(parts.known) or uuid.uuid4().hex[:12]
             now = clock.monotonic()
             settings = Settings(
                 fleet=self._name,
@@ -192,8 +212,10 @@ class Fleet:
                 hang_timeout_s=hang_timeout_s,
                 deadline_s=None if deadline_s is None else now + deadline_s,
                 logs=self.path / "logs",
-                paid_requests=paid,
+                paid_requests=parts.paid_requests,
                 gradient_stores={name: url for name, (url, _) in parts.stores.items()},
+                metric=metric,
+                maximize=mode == "max",
             )
             self._gradients = GradientStores(
                 parts.stores,
@@ -233,6 +255,7 @@ class Fleet:
                 self._ledger, parts.prices, parameter_store_price, clock, self._out_of_money
             )
             self._states: dict[str, JobState] = {}
+            self._followers: tuple[Changes, ...] = ()
             # Both may be asked for again by a signal's handler that calls close().
             self._lock, self._close_lock = threading.RLock(), threading.RLock()
             self._shut = self._freed = False
@@ -250,8 +273,9 @@ class Fleet:
     def open(cls, path: str | Path, **options: Any) -> Self:
         """Continues the fleet whose record lies in a folder.
 
-        Jobs that had not ended go on from their checkpoints; what was spent stays spent, and what a
-        dead client had reserved counts as spent.
+        Jobs that had not ended go on from their checkpoints; what was spent stays spent. What a
+        dead client had reserved counts as spent, up to what its functions can have used until now
+        on a platform where they die with it.
 
         Args:
             path: Its folder.
@@ -337,6 +361,7 @@ class Fleet:
         max_memory_mb: int | None = None,
         store: str | None = None,
         workload: Workload | None = None,
+        target: Target | None = None,
         profiles: int = 0,
         shards: int = 0,
         seed: int = 0,
@@ -361,6 +386,8 @@ class Fleet:
             store: Pins the parameter store, by its name in the fleet.
             workload: What the job will compute, if that is known: its first allocation then is
                 meant for it. Once it runs, the job says so itself.
+            target: The job stops, at a checkpoint and with ``reason="target"``, once a reported
+                metric is there; see :class:`~smlt_tune.backend.goals.Target`.
             profiles: How many allocations the job tries first, for some iterations each, where that
                 tells most about all others. Without it the job begins with what is best by all
                 that is known. It trains meanwhile, and pays from the same budget.
@@ -399,6 +426,8 @@ class Fleet:
         job_id = self._free_name() if name is None else name
         mistakes = _submit_mistakes(train, job_id, seed, shards, lockstep)
         mistakes += _workload_mistakes(workload)
+        if not isinstance(target, Target | None):
+            mistakes.append(f"target must be a Target(metric, value), not {target!r}")
         donor = b""
         if start_from is not None:
             with _collected(mistakes, "start_from="):
@@ -426,16 +455,38 @@ class Fleet:
             spec = JobSpec(
                 job_id, function, digest, seed, bounds, wanted, shards, workload, lockstep
             )
+            spec = replace(spec, target=target)
             if donor:
                 spec = self._forked(spec, donor)
             self._history.append("job", job_id, spec.to_json())
-            state = self._states[job_id] = JobState(spec)
+            state = self._states[job_id] = JobState(spec, self._tell)
             self._queue.put(partial(self._scheduler.submit, state))
         return self._job(state)
 
     def jobs(self) -> list[Job]:
         """All jobs, those of earlier clients included, in the order of their submission."""
         return [self._job(state) for state in list(self._states.values())]
+
+    def changes(self) -> Changes:
+        """What happens to the jobs of the fleet from now on; see :mod:`~.changes`."""
+        changes = Changes(threading.Condition(), self._unfollow)
+        with self._lock:
+            self._followers = (*self._followers, changes)
+            if self._freed:
+                changes.over()
+        return changes
+
+    def options(self, workload: Workload) -> tuple[Option, ...]:
+        """What a job would take with each allocation, by all that is known now.
+
+        Args:
+            workload: What it computes, with its iterations.
+
+        Raises:
+            UsageError: The fleet's policy cannot tell.
+        """
+        facts = JobFacts("options", self._platform.limits, workload=workload)
+        return options_of(self._policy, replace(facts, stores=self._store_names()))
 
     def read_checkpoint(self, url: str) -> bytes:
         """The content of a checkpoint of one of the fleet's jobs.
@@ -525,6 +576,8 @@ class Fleet:
             except SmltError as error:
                 _LOG.warning("could not clean up the parameter store: %s", error)
             self._freed = True
+            for changes in self._followers:
+                changes.over()
             self._resources.close()
 
     def _begin(self, unfinished: list[tuple[JobState, int, float]]) -> None:
@@ -655,7 +708,7 @@ class Fleet:
             if event.kind == "dataset":
                 self._artifacts.restore({event.body["name"]: event.body["digest"]})
             elif event.kind == "job":
-                self._states[event.job] = JobState(JobSpec.from_json(event.body))
+                self._states[event.job] = JobState(JobSpec.from_json(event.body), self._tell)
                 numbers[event.job] = 0
                 ages[event.job] = max(0.0, self._clock.wall() - event.at)
             elif event.kind == "generation":
@@ -667,13 +720,22 @@ class Fleet:
                 self._states[event.job].workload = workload_from_json(event.body)
             elif event.kind == "report":
                 self._states[event.job].add_report(Report(**event.body))
-            elif event.kind in ("paused", "resumed"):
-                self._states[event.job].paused = event.kind == "paused"
+            elif event.kind in ("paused", "resumed", "resize"):
+                self._states[event.job].restore_change(event.kind, event.body)
             elif event.kind == "ended":
                 self._states[event.job].restore_end(event.body)
         return [(s, numbers[name], ages[name]) for name, s in self._states.items() if not s.over]
 
     # --- small things -----------------------------------------------------------------------------
+
+    def _tell(self, state: JobState, report: Report | None) -> None:
+        """Called by the scheduler's thread: followers have queues."""
+        for changes in self._followers:
+            changes.tell(Change(self._job(state), state.status, report))
+
+    def _unfollow(self, changes: Changes) -> None:
+        with self._lock:
+            self._followers = tuple(one for one in self._followers if one is not changes)
 
     def _free_name(self) -> str:
         number = len(self._states)
@@ -747,16 +809,21 @@ class Fleet:
             resume=lambda i: self._queue.put(partial(self._scheduler.resume, i)),
         )
 
-    def _resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
+    def _resize(
+        self, job_id: str, workers: int | None, memory_mb: int | None, store: str | None
+    ) -> None:
         spec = self._states[job_id].spec
-        bounds = Bounds(workers, memory_mb)
-        mistakes = check(JobFacts(job_id, self._platform.limits, spec.goal, bounds))
-        if workers is None and memory_mb is None:
-            mistakes.append("resize() needs workers=, memory_mb=, or both")
+        bounds = Bounds(workers, memory_mb, store=store)
+        facts = JobFacts(
+            job_id, self._platform.limits, spec.goal, bounds, stores=self._store_names()
+        )
+        mistakes = check(facts)
+        if workers is None and memory_mb is None and store is None:
+            mistakes.append("resize() needs workers=, memory_mb=, store=, or several of them")
         if mistakes:
             raise InvalidInput(mistakes)
         self._check_open()
-        self._queue.put(partial(self._scheduler.resize, job_id, workers, memory_mb))
+        self._queue.put(partial(self._scheduler.resize, job_id, workers, memory_mb, store))
 
 
 @dataclass(frozen=True)
@@ -768,9 +835,18 @@ class _Parts:
     objects: ObjectStore
     history: History
     known: list[HistoryEvent]
+    name: str
     stores: dict[str, tuple[str, str]]
     profiles: list[Profile]
     keep_profile: Callable[[Profile], None] | None
+    project_ledger: ProjectLedger | None
+    clock: Clock
+    paid_requests: bool
+
+    def most(self) -> dict[str, float]:
+        """What functions of an earlier client, which has died, may have cost at most, USD."""
+        leases = Leases(self.platform, self.prices, Ledger(None), paid_requests=self.paid_requests)
+        return most_usd(self.known, self.platform, leases, self.clock.wall())
 
     @classmethod
     def open(
@@ -785,13 +861,20 @@ class _Parts:
         objects_url: str,
         options: dict[str, str],
         project: str | Path | None,
+        project_budget_usd: float | None,
         clock: Clock,
         *,
         own_stores: Mapping[str, str],
         resume: bool,
     ) -> Self:
         """Opens everything, or raises one InvalidInput that lists all mistakes."""
-        found: dict[str, Any] = {"profiles": [], "keep_profile": None}
+        found: dict[str, Any] = {
+            "profiles": [],
+            "keep_profile": None,
+            "project_ledger": None,
+            "clock": clock,
+            "paid_requests": objects_url.startswith("s3:"),
+        }
         with _collected(mistakes):
             found["prices"] = load_prices(prices)
             found["prices"].parameter_store_usd(price_row, 1.0)
@@ -810,11 +893,23 @@ class _Parts:
         with _collected(mistakes):
             found["history"] = stack.enter_context(History(path, clock=clock))
             found["known"] = found["history"].read()
+            found["name"] = _fleet_name(found["known"]) or uuid.uuid4().hex[:12]
             if found["known"] and not resume:
                 mistakes.append(
                     f"path={str(path)!r} holds the record of an earlier fleet: continue it with "
                     "Fleet.open(path), or choose another folder"
                 )
+        with _collected(mistakes):
+            budget = None
+            if project_budget_usd is not None:
+                budget = budget_nanos("project_budget_usd", project_budget_usd)
+                if project is None:
+                    mistakes.append("project_budget_usd needs project=, the folder of the project")
+            if project is not None and not mistakes:  # else it might change the budget in vain
+                opened = ProjectLedger.open(project, found["name"], budget, clock)
+                if opened is not None:
+                    stack.callback(opened.close)
+                found["project_ledger"] = opened
         if mistakes:
             raise InvalidInput(mistakes)
         return cls(**found)

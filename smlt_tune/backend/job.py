@@ -3,11 +3,11 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smlt_tune.backend.goals import Cheapest, Fastest, Goal
+from smlt_tune.backend.goals import Cheapest, Fastest, Goal, Target
 from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Allocation, Workload
 from smlt_tune.backend.resource_manager.policy import Bounds
 from smlt_tune.errors import (
@@ -113,7 +113,8 @@ class JobOutcome:
     Attributes:
         job_id: Which job.
         status: ``finished`` if the training function returned, ``stopped`` otherwise.
-        reason: Why it was stopped: ``budget``, ``deadline``, or what ``stop`` was given.
+        reason: Why it was stopped: ``budget``, ``deadline``, ``target``, or what ``stop`` was
+            given.
         metrics: Of the last report.
         value: What the training function returned, if that can be JSON.
         reports: All reports.
@@ -152,6 +153,7 @@ class JobSpec:
         start_from: Key of the checkpoint of another job that it begins with, copied to its own;
             empty for none.
         first_report: How many reports that other job had made by then.
+        target: When it has trained long enough; None to let the function return.
     """
 
     job_id: str
@@ -165,6 +167,7 @@ class JobSpec:
     lockstep: bool = False
     start_from: str = ""
     first_report: int = 0
+    target: Target | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the fleet's history."""
@@ -176,11 +179,12 @@ class JobSpec:
         """What :meth:`to_json` gave."""
         goal = dict(body["goal"])
         kind = {"Cheapest": Cheapest, "Fastest": Fastest}[goal.pop("kind")]
-        workload = body.get("workload")
+        workload, target = body.get("workload"), body.get("target")
         made = {
             "bounds": Bounds(**body["bounds"]),
             "goal": kind(**goal),
             "workload": workload_from_json(workload) if workload else None,
+            "target": Target(**target) if target else None,
         }
         return cls(**{**body, **made})
 
@@ -204,14 +208,35 @@ def name_mistakes(name: object) -> list[str]:
     return [f"name={name!r} must consist of 1 to 200 letters, digits, '.', '_' and '-'"]
 
 
-class JobState:
-    """What is known of a job; written by the scheduler's thread, read by any."""
+def metric_mistakes(metric: object, mode: object) -> list[str]:
+    """What is wrong with what jobs are to be compared by; empty if nothing is."""
+    mistakes = []
+    if metric is not None and not (isinstance(metric, str) and metric):
+        mistakes.append(f"metric must be the name of a reported number, or None, not {metric!r}")
+    if mode not in ("max", "min"):
+        mistakes.append(f"mode must be 'max' or 'min', not {mode!r}")
+    return mistakes
 
-    def __init__(self, spec: JobSpec) -> None:
+
+class JobState:
+    """What is known of a job; written by the scheduler's thread, read by any.
+
+    Args:
+        spec: What was submitted.
+        told: Called after every report, with it, and after every change of the status, with None.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        told: Callable[["JobState", Report | None], None] = lambda state, report: None,
+    ) -> None:
         self.spec = spec
         self.changed = threading.Condition()
+        self._told = told
         self.status = QUEUED
         self.paused = False
+        self.held_back = ""
         self.reports: list[Report] = []
         self.allocations: list[AllocationRecord] = []
         self.decisions: list[DecisionRecord] = []
@@ -220,10 +245,22 @@ class JobState:
         self.outcome: JobOutcome | None = None
         self.error: JobError | None = None
 
+    def pin(self, asked: Mapping[str, Any]) -> None:
+        """Fixes parts of the allocation: ``workers``, ``memory_mb``, ``store``."""
+        self.spec = replace(self.spec, bounds=replace(self.spec.bounds, **asked))
+
     @property
     def over(self) -> bool:
         """Whether the job has ended and is paid for."""
         return self.status in (FINISHED, STOPPED, FAILED)
+
+    def restore_change(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Takes over what an earlier client has asked of the job."""
+        if kind == "resize":
+            self.pin(body)
+        else:
+            self.paused = kind == "paused"
+            self.held_back = body.get("reason", "")
 
     def restore_end(self, body: Mapping[str, Any]) -> None:
         """Takes over how the job ended for an earlier client."""
@@ -251,13 +288,17 @@ class JobState:
             place = report.index - self.spec.first_report
             self.reports[place : place + 1] = [report]
             self.changed.notify_all()
+        self._told(self, report)
 
     def update(self, **values: Any) -> None:
         """Sets attributes and wakes up whoever waits for a change."""
         with self.changed:
+            before = self.status
             for name, value in values.items():
                 setattr(self, name, value)
             self.changed.notify_all()
+        if self.status != before:
+            self._told(self, None)
 
 
 class Job:
@@ -268,7 +309,7 @@ class Job:
         state: JobState,
         *,
         stop: Callable[[str, str], None],
-        resize: Callable[[str, int | None, int | None], None],
+        resize: Callable[[str, int | None, int | None, str | None], None],
         cost: Callable[[str], float],
         logs: Path,
         acknowledge: Callable[[str, int], None],
@@ -294,8 +335,17 @@ class Job:
 
     @property
     def status(self) -> str:
-        """``queued``, ``running``, ``paused``, ``finished``, ``stopped`` or ``failed``."""
+        """``queued``, ``running``, ``paused``, ``finished``, ``stopped`` or ``failed``.
+
+        Paused by :meth:`pause`, or by a fleet with a metric because money or time runs short.
+        """
         return self._state.status
+
+    @property
+    def reason(self) -> str:
+        """Why it was stopped; empty if it was not, or not yet."""
+        outcome = self._state.outcome
+        return outcome.reason if outcome else ""
 
     @property
     def allocation(self) -> Allocation | None:
@@ -306,6 +356,11 @@ class Job:
     def allocations(self) -> tuple[AllocationRecord, ...]:
         """All generations up to now."""
         return tuple(self._state.allocations)
+
+    @property
+    def reported(self) -> tuple[Report, ...]:
+        """All reports up to now; does not wait."""
+        return tuple(self._state.reports)
 
     @property
     def decisions(self) -> tuple[DecisionRecord, ...]:
@@ -363,19 +418,27 @@ class Job:
         """
         self._stop(self.job_id, reason)
 
-    def resize(self, *, workers: int | None = None, memory_mb: int | None = None) -> None:
+    def resize(
+        self,
+        *,
+        workers: int | None = None,
+        memory_mb: int | None = None,
+        store: str | None = None,
+    ) -> None:
         """Moves the job to another allocation while it trains.
 
-        New functions start while the old still train; the old leave at an iteration's end.
+        New functions start while the old still train; the old leave at an iteration's end. A job
+        that is paused or queued starts with it. What is given is pinned from then on.
 
         Args:
             workers: New number of workers; None keeps it.
             memory_mb: New memory of a function, MB; None keeps it.
+            store: New parameter store, by its name in the fleet; None keeps it.
 
         Raises:
             InvalidInput: The platform cannot do that.
         """
-        self._resize(self.job_id, workers, memory_mb)
+        self._resize(self.job_id, workers, memory_mb, store)
 
     def pause(self) -> None:
         """Takes the job off its functions until :meth:`resume`; a queued job is held back.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from smlt_tune.backend.platforms.base import Platform
 from smlt_tune.backend.prices import Prices
-from smlt_tune.backend.resource_manager.observations import Decision, Profile
+from smlt_tune.backend.resource_manager.observations import Decision, Option, Profile
 from smlt_tune.backend.resource_manager.policy import (
     AllocationPolicy,
     JobFacts,
@@ -16,7 +16,7 @@ from smlt_tune.backend.resource_manager.policy import (
     Plans,
     is_pinned,
 )
-from smlt_tune.errors import InvalidInput
+from smlt_tune.errors import InvalidInput, UsageError
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,6 +82,25 @@ def planner(policy: AllocationPolicy) -> Plans | None:
     """The policy, or the one that it stands for, if it can plan."""
     made = policy.made() if isinstance(policy, LatePolicy) else policy
     return made if isinstance(made, Plans) else None
+
+
+def options_of(policy: AllocationPolicy, facts: JobFacts) -> tuple[Option, ...]:
+    """What a job would take with each allocation.
+
+    Args:
+        policy: Of its fleet.
+        facts: With a workload.
+
+    Raises:
+        UsageError: The policy cannot tell.
+    """
+    able = planner(policy)
+    if able is None:
+        raise UsageError(
+            "nothing can be planned with this allocation policy: leave the choice to the resource "
+            "manager (policy=None, and pip install 'smlt-tune[gp]')"
+        )
+    return able.options(facts)
 
 
 def resource_manager(

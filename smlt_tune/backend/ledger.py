@@ -11,6 +11,9 @@ comes in is rounded up, reservations and settlements by the same rule, so that a
 does not exceed its reservation does not exceed it in nano-dollars either; the budget is rounded
 down. Amounts that go out are floats that convert back to the same nano-dollars.
 
+Fleets of one project may have a budget in common, too: then every reservation needs room in both,
+see :mod:`smlt_tune.backend.project_ledger`.
+
 The line can break in two ways only, and both show. A platform may charge more than its worst case:
 that is a bug of the platform or of its prices, and the truth is booked all the same (see
 :meth:`Ledger.settle`). Or a fleet is resumed with a budget below what was spent already. Then

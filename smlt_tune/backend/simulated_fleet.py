@@ -12,8 +12,8 @@ with SimulatedFleet(platform, budget_usd=5.0) as fleet:
     best = max(jobs, key=lambda job: job.result().metrics["accuracy"])
 ```
 
-``describe(config)`` returns a ``SimulatedTraining``. What a driver does at once when something
-happens (stops a trial, submits the next one), it does in ``on_report`` and ``on_end``.
+``describe(config)`` returns a ``SimulatedTraining``. A driver that follows many jobs at once asks
+for :meth:`SimulatedFleet.changes`; no time passes until it asks for the next one.
 """
 
 import threading
@@ -24,7 +24,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self, cast
 
-from smlt_tune.backend.goals import Cheapest, Goal
+from smlt_tune.backend.changes import Change, Changes
+from smlt_tune.backend.goals import Cheapest, Goal, Target
 from smlt_tune.backend.history import History
 from smlt_tune.backend.job import (
     PAUSED,
@@ -32,17 +33,18 @@ from smlt_tune.backend.job import (
     JobSpec,
     JobState,
     Report,
+    metric_mistakes,
     name_mistakes,
     train_mistakes,
 )
-from smlt_tune.backend.late_policy import LatePolicy, resource_manager
+from smlt_tune.backend.late_policy import LatePolicy, options_of, resource_manager
 from smlt_tune.backend.ledger import Entry, Ledger
 from smlt_tune.backend.platforms.base import InvocationResult, is_positive
 from smlt_tune.backend.platforms.simulated import SimulatedPlatform, SimulatedTraining
 from smlt_tune.backend.platforms.simulated.changing_prices import ChangingPrices
 from smlt_tune.backend.platforms.simulated.stores import URL
 from smlt_tune.backend.prices import load_prices
-from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Workload
+from smlt_tune.backend.resource_manager.observations import DEFAULT_STORE, Option, Workload
 from smlt_tune.backend.resource_manager.policy import AllocationPolicy, Bounds, JobFacts, check
 from smlt_tune.backend.store_costs import StoreCosts
 from smlt_tune.backend.task_scheduler import Settings, TaskScheduler
@@ -75,13 +77,13 @@ class SimulatedFleet:
         prices: Name or path of a price list; the platform's price changes apply to it.
         parameter_store_price: Row of the price list that the parameter store is charged by.
         policy: Chooses allocations where the user pins none; None for the resource manager.
+        metric: What jobs are compared by when money or time will not do for all of them.
+        mode: ``max`` or ``min``: which way the metric is better.
         hang_timeout_s: Shortest silence of a worker that is taken for a hang, seconds; has to be
             above the platform's ``progress_s``.
         tick_s: How often the scheduler looks at its time-outs, seconds. A look costs some
             microseconds of real time for each job under way.
         name: Of the fleet.
-        on_report: Called after every report.
-        on_end: Called after the end of every job.
 
     Raises:
         InvalidInput: Lists everything that is wrong with the arguments.
@@ -97,11 +99,11 @@ class SimulatedFleet:
         prices: str | Path = "aws-us-east-1-2026-01",
         parameter_store_price: str = "own",
         policy: AllocationPolicy | None = None,
+        metric: str | None = None,
+        mode: str = "max",
         hang_timeout_s: float = 30.0,
         tick_s: float = TICK_S,
         name: str = "simulated",
-        on_report: Callable[[Job, Report], None] | None = None,
-        on_end: Callable[[Job], None] | None = None,
     ) -> None:
         mistakes = [
             f"{what} must be a number above 0, not {value!r}"
@@ -114,13 +116,14 @@ class SimulatedFleet:
                 f"hang_timeout_s={hang_timeout_s!r} must be above the platform's progress_s="
                 f"{least_s}, or every worker is taken for hung"
             )
+        mistakes += metric_mistakes(metric, mode)
         if name in platform.listeners:
             mistakes.append(f"name={name!r}: another fleet on the platform has it")
         if mistakes:
             raise InvalidInput(mistakes)
         self._platform, self._time = platform, platform.time
         self._name, self._tick_s = name, tick_s
-        self._on_report, self._on_end = on_report, on_end
+        self._followers: tuple[Changes, ...] = ()
         listed = load_prices(prices)
         changes = platform.options.price_changes
         current = ChangingPrices.of(listed, changes, self._time) if changes else listed
@@ -153,6 +156,8 @@ class SimulatedFleet:
                 hang_timeout_s=hang_timeout_s,
                 deadline_s=None if deadline_s is None else self._time.monotonic() + deadline_s,
                 logs=None,
+                metric=metric,
+                maximize=mode == "max",
             )
             self._scheduler = TaskScheduler(
                 settings,
@@ -213,7 +218,9 @@ class SimulatedFleet:
         max_workers: int | None = None,
         min_memory_mb: int | None = None,
         max_memory_mb: int | None = None,
+        store: str | None = None,
         workload: Workload | None = None,
+        target: Target | None = None,
         seed: int = 0,
         lockstep: bool = False,
         start_from: str | None = None,
@@ -232,7 +239,9 @@ class SimulatedFleet:
             max_workers: Most workers to choose.
             min_memory_mb: Smallest memory to choose, MB.
             max_memory_mb: Largest memory to choose, MB.
+            store: There is ``default`` only.
             workload: What the job will compute, if that is known.
+            target: When it has trained long enough.
             seed: Recorded only: what is random in a simulation follows from the platform's seed.
             lockstep: Every report waits until ``Job.acknowledge``.
             start_from: ``Report.checkpoint`` or ``JobOutcome.checkpoint`` of a job of this fleet:
@@ -245,7 +254,9 @@ class SimulatedFleet:
         """
         self._check_open()
         job_id = name or f"job-{len(self._states):04d}"
-        bounds = Bounds(workers, memory_mb, min_workers, max_workers, min_memory_mb, max_memory_mb)
+        bounds = Bounds(
+            workers, memory_mb, min_workers, max_workers, min_memory_mb, max_memory_mb, store
+        )
         wanted = Cheapest() if goal is None else goal
         mistakes = check(JobFacts(job_id, self._platform.limits, wanted, bounds))
         mistakes += train_mistakes(train) + name_mistakes(job_id)
@@ -260,10 +271,11 @@ class SimulatedFleet:
             workload = replace(workload, function=function)
         self._platform.programs[self._name, job_id] = cache(partial(train, config))
         spec = JobSpec(job_id, function, "", seed, bounds, wanted, 0, workload, lockstep)
+        spec = replace(spec, target=target)
         if start_from is not None:
             spec = self._forked(spec, start_from)
         self._history.append("job", job_id, spec.to_json())
-        state = self._states[job_id] = JobState(spec)
+        state = self._states[job_id] = JobState(spec, self._tell)
         state.changed = _Happening(self)
         self._unfinished.add(job_id)
         self._ask(self._scheduler.submit, state)
@@ -272,6 +284,20 @@ class SimulatedFleet:
     def jobs(self) -> list[Job]:
         """All jobs, in the order of their submission."""
         return [self._job(state) for state in self._states.values()]
+
+    def changes(self) -> Changes:
+        """What happens to the jobs of the fleet from now on; see :mod:`~.changes`."""
+        changes = Changes(_Happening(self), self._unfollow)
+        self._followers = (*self._followers, changes)
+        if self._closed:
+            changes.over()
+        return changes
+
+    def options(self, workload: Workload) -> tuple[Option, ...]:
+        """What a job would take with each allocation; see ``Fleet.options``."""
+        return options_of(
+            self._policy, JobFacts("options", self._platform.limits, workload=workload)
+        )
 
     def run_until(self, condition: Callable[[], bool]) -> bool:
         """Lets time pass until something holds, or nothing goes on any more.
@@ -307,6 +333,8 @@ class SimulatedFleet:
         while self._unfinished or self._paused:
             self._time.step()
         self._closed = True
+        for changes in self._followers:
+            changes.over()
         self._ticking.cancel()
         self._costs.end()
         del self._platform.listeners[self._name]
@@ -349,12 +377,8 @@ class SimulatedFleet:
         self._history.append("ledger", entry.job, vars(entry))
 
     def _record(self, kind: str, job_id: str, body: dict[str, Any]) -> None:
-        """Writes the journal, and tells the driver once the scheduler is done with it."""
         self._history.append(kind, job_id, body)
-        if kind == "report" and self._on_report is not None:
-            index = body["index"] - self._states[job_id].spec.first_report
-            self._ask(self._tell_report, job_id, index)
-        elif kind == "paused":
+        if kind == "paused" and not body.get("reason"):  # those held back wait for others
             self._unfinished.discard(job_id)
             self._paused.add(job_id)
         elif kind == "resumed":
@@ -364,13 +388,13 @@ class SimulatedFleet:
             self._unfinished.discard(job_id)
             self._paused.discard(job_id)
             del self._platform.programs[self._name, job_id]
-            if self._on_end is not None:
-                self._ask(self._on_end, self._job(self._states[job_id]))
 
-    def _tell_report(self, job_id: str, place: int) -> None:
-        state = self._states[job_id]
-        assert self._on_report is not None
-        self._on_report(self._job(state), state.reports[place])
+    def _tell(self, state: JobState, report: Report | None) -> None:
+        for changes in self._followers:
+            changes.tell(Change(self._job(state), state.status, report))
+
+    def _unfollow(self, changes: Changes) -> None:
+        self._followers = tuple(one for one in self._followers if one is not changes)
 
     # --- small things -----------------------------------------------------------------------------
 
@@ -404,12 +428,15 @@ class SimulatedFleet:
             resume=partial(self._ask, scheduler.resume),
         )
 
-    def _resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
+    def _resize(
+        self, job_id: str, workers: int | None, memory_mb: int | None, store: str | None
+    ) -> None:
         goal = self._states[job_id].spec.goal
-        mistakes = check(JobFacts(job_id, self._platform.limits, goal, Bounds(workers, memory_mb)))
+        bounds = Bounds(workers, memory_mb, store=store)
+        mistakes = check(JobFacts(job_id, self._platform.limits, goal, bounds))
         if mistakes:
             raise InvalidInput(mistakes)
-        self._ask(self._scheduler.resize, job_id, workers, memory_mb)
+        self._ask(self._scheduler.resize, job_id, workers, memory_mb, store)
 
 
 class _Happening(threading.Condition):

@@ -12,6 +12,7 @@ a survivor, and nobody else restarts.
 """
 
 import logging
+import math
 from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from smlt_tune.backend.leases import PAID_CHECKPOINT_S, Leases
 from smlt_tune.backend.ledger import Ledger
 from smlt_tune.backend.platforms.base import Cancels, Invocation, InvocationResult, Platform
 from smlt_tune.backend.prices import Prices
+from smlt_tune.backend.rationing import BUDGET, DEADLINE, TARGET, Rationing
 from smlt_tune.backend.resource_manager.observations import (
     DEFAULT_STORE,
     Decision,
@@ -76,6 +78,8 @@ MOST_STRIKES = 5
 GRACE_S = 10.0
 #: A worker saves a checkpoint at most this often, in seconds.
 CHECKPOINT_S = 0.25
+#: Whether money and time will do for all jobs is looked at this often, in seconds.
+RATION_PAUSE_S = 1.0
 #: After being throttled, wait this long before the next attempt, in seconds.
 THROTTLE_PAUSE_S = 0.2
 
@@ -95,6 +99,9 @@ class Settings:
         deadline_s: When everything has to be over, on the clock's ``monotonic``; None for never.
         logs: Folder for the workers' output; None where they print nothing.
         paid_requests: Whether the object store charges for requests.
+        metric: What jobs are compared by when money or time will not do for all of them; None to
+            let them all go on for as long as it lasts.
+        maximize: Whether larger values of it are better.
     """
 
     fleet: str
@@ -106,6 +113,8 @@ class Settings:
     logs: Path | None
     paid_requests: bool = False
     gradient_stores: Mapping[str, str] = field(default_factory=dict, repr=False)
+    metric: str | None = None
+    maximize: bool = True
 
 
 class TaskScheduler:
@@ -165,6 +174,8 @@ class TaskScheduler:
         self._keys = keys.FleetKeys(settings.fleet)
         self._jobs: dict[str, Record] = {}
         self._active: dict[str, Record] = {}
+        #: Those of them that have generations: time passes for no others.
+        self._placed: dict[str, Record] = {}
         self._calls: dict[str, str] = {}
         #: Plans that wait, in their turn, with their jobs; some of them may be out of date.
         self._queue: list[tuple[Planned, Record]] = []
@@ -173,6 +184,8 @@ class TaskScheduler:
         self._start_s = 1.0
         self._ready_s = 0.0
         self._retry_s = 0.0
+        self._ration_s = 0.0
+        self._rationing = Rationing(settings.metric or "", settings.maximize, prices, self.cost_usd)
         self._store_is_gone = False
 
     # --- what the fleet asks for ----------------------------------------------------------------
@@ -189,6 +202,7 @@ class TaskScheduler:
         job = Record(state, submitted_s, len(self._jobs), next_number=next_number)
         job.workload = state.workload or state.spec.workload
         job.acknowledged, job.paused = state.spec.first_report, state.paused
+        job.held_back = state.held_back
         self._jobs[job.job_id] = self._active[job.job_id] = job
         occasion = "resumed" if next_number else "first"
         decision = self._adaptation.first(job, self._facts(job), occasion)
@@ -196,8 +210,12 @@ class TaskScheduler:
         if names:  # functions that have outlived an earlier client
             self._forget(partial(self._store.delete, names))
             self._plan_from_checkpoint(job, decision, "resumed")
+            if self._adaptation.reported(job):
+                self._end(job, STOPPED, reason=TARGET)
         else:
             self._plan(job, decision, "first", wire.Start(state.spec.start_from or None))
+            if self._rationing.short:
+                self._hold_back(job, BUDGET)
         self._rest(job)
         self._admit()
 
@@ -207,33 +225,38 @@ class TaskScheduler:
         if job is not None and not job.ending:
             self._end(job, STOPPED, reason=reason)
 
-    def resize(self, job_id: str, workers: int | None, memory_mb: int | None) -> None:
-        """Moves a job to another allocation as soon as it trains."""
+    def resize(
+        self, job_id: str, workers: int | None, memory_mb: int | None, store: str | None = None
+    ) -> None:
+        """Moves a job to another allocation: as soon as it trains, or when it begins to."""
         job = self._active.get(job_id)
         if job is None or job.ending:
             return
         base = job.heading_for
         assert base is not None  # it has a plan at least
-        wanted = replace(
-            base, workers=workers or base.workers, memory_mb=memory_mb or base.memory_mb
-        )
-        bounds = job.state.spec.bounds
-        pins = replace(
-            bounds, workers=workers or bounds.workers, memory_mb=memory_mb or bounds.memory_mb
-        )
-        job.state.spec = replace(job.state.spec, bounds=pins)
+        asked: dict[str, Any] = {"workers": workers, "memory_mb": memory_mb, "store": store}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        wanted = replace(base, **asked)
+        self._record("resize", job_id, asked)
+        job.state.pin(asked)
         if job.plan and job.current is None:
             self._wait(job, replace(job.plan, allocation=wanted))
+            self._admit()
         else:
             job.resize_to = Decision(wanted, "asked for")
-        self.tick()
+            self._plan_hand_over(job, self._clock.monotonic())
 
     def pause(self, job_id: str) -> None:
         """Takes a job off its functions at the next boundary, or holds it back."""
         job = self._active.get(job_id)
-        if job is None or job.ending or job.paused:
+        if job is None or job.ending or (job.paused and not job.held_back):
             return
         self._record("paused", job_id, {})
+        job.state.held_back = job.held_back = ""
+        if not job.paused:
+            self._take_off(job)
+
+    def _take_off(self, job: Record) -> None:
         job.state.paused = job.paused = True
         job.paused_s = self._clock.monotonic()
         job.resize_to = None
@@ -253,10 +276,13 @@ class TaskScheduler:
     def resume(self, job_id: str) -> None:
         """Lets a paused job go on; one that has not come to its boundary yet just goes on there."""
         job = self._active.get(job_id)
-        if job is None or job.ending or not job.paused:
-            return
-        self._record("resumed", job_id, {})
+        if job is not None and not job.ending and job.paused and not job.held_back:
+            self._go_on(job)
+
+    def _go_on(self, job: Record) -> None:
+        self._record("resumed", job.job_id, {})
         job.state.paused = job.paused = False
+        job.state.held_back = job.held_back = ""
         if job.plan is not None:
             decision = self._adaptation.first(job, self._facts(job), "resumed")
             self._plan(job, decision, "resumed", job.plan.start)
@@ -431,9 +457,10 @@ class TaskScheduler:
         """Time has passed."""
         now = self._clock.monotonic()
         deadline = self._settings.deadline_s
-        for job in list(self._active.values()):
-            if deadline is not None and now >= deadline and not job.ending:
-                self._end(job, STOPPED, reason="deadline")
+        if deadline is not None and now >= deadline:
+            for job in [job for job in self._active.values() if not job.ending]:
+                self._end(job, STOPPED, reason=DEADLINE)
+        for job in list(self._placed.values()):
             if not job.ending:
                 self._force_pause(job, now)
                 self._invoke_rest(job, now)
@@ -442,6 +469,7 @@ class TaskScheduler:
             self._kill_stragglers(job, now)
             if job.ending:
                 self._sweep(job)
+        self._ration(now)
         self._review()
         if now >= self._retry_s:
             self._admit()
@@ -467,6 +495,10 @@ class TaskScheduler:
         job.checkpoint = event.checkpoint or job.checkpoint
         self._record("report", job.job_id, vars(report))
         job.state.add_report(report)
+        if self._adaptation.reported(job) and not (job.ending or job.held_back == TARGET):
+            job.held_back = TARGET  # it ends at a checkpoint
+            if not job.paused:
+                self._take_off(job)
 
     def _ready(self, job: Record, generation: Generation, worker: Worker) -> None:
         worker.ready = True
@@ -712,7 +744,7 @@ class TaskScheduler:
             start = wire.Start(self._checkpoints(job).latest())
         except BudgetExhausted as error:  # looking for it costs money too
             _LOG.info("job %s stops: %s", job.job_id, error)
-            self._end(job, STOPPED, reason="budget")
+            self._end(job, STOPPED, reason=BUDGET)
         else:
             self._plan(job, decision, reason, start)
 
@@ -746,6 +778,7 @@ class TaskScheduler:
         generation = Generation(number, plan.allocation, plan.start, workers, lease_s)
         self._reserve(job, generation, list(range(len(workers))))
         job.generations.append(generation)  # from here on it is closed if anything fails
+        self._placed[job.job_id] = job
         job.next_number += 1
         job.plan = None
         now = self._clock.monotonic()
@@ -780,7 +813,9 @@ class TaskScheduler:
         try:
             for rank in ranks:
                 name = self._call_id(job, generation, generation.workers[rank])
-                self._ledger.reserve(name, job.job_id, worst, "a function")
+                self._ledger.reserve(
+                    name, job.job_id, worst, "a function", lasts_s=generation.lease_s
+                )
                 reserved.append(name)
         except Exception:
             for name in reserved:
@@ -879,7 +914,7 @@ class TaskScheduler:
         )
 
     def _without_money(self, job: Record, error: BudgetExhausted) -> None:
-        """Waits if other jobs still hold reservations; otherwise the job stops where it is."""
+        """Waits if others still hold reservations; otherwise the job stops where it is."""
         plan = job.plan
         current = job.current
         if current is not None and plan is not None:
@@ -892,10 +927,11 @@ class TaskScheduler:
             for g in j.generations
             if j is not job
         )
+        held = held or self._ledger.others_hold
         if plan is not None and (held or any(g.calls for g in job.generations)):
             return
         _LOG.info("job %s stops: %s", job.job_id, error)
-        self._end(job, STOPPED, reason="budget")
+        self._end(job, STOPPED, reason=BUDGET)
 
     def _free_functions(self) -> int:
         return self._platform.limits.functions - len(self._calls) - self._to_invoke
@@ -1007,6 +1043,8 @@ class TaskScheduler:
                 self._forget(partial(self._store.delete_prefix, prefix))
                 self._forget_gradients(generation, prefix)
                 job.generations = [g for g in job.generations if g is not generation]
+        if not job.generations:
+            self._placed.pop(job.job_id, None)
         if job.ending and not job.generations and job.job_id in self._active:
             self._conclude(job)
         self._rest(job)
@@ -1021,12 +1059,60 @@ class TaskScheduler:
     def _rest(self, job: Record) -> None:
         """A job that is paused has lost its last function."""
         resting = job.paused and not job.ending and not job.generations
-        if resting and job.state.status != PAUSED:
+        if resting and job.held_back == TARGET:
+            self._end(job, STOPPED, reason=TARGET)
+        elif resting and job.state.status != PAUSED:
             start = job.plan.start if job.plan else None
             assert start is not None  # where it will go on
             self._delete_old(job, start.checkpoint)
             self._adaptation.shares_changed()
             job.state.update(status=PAUSED)
+
+    # --- when money or time will not do for all -------------------------------------------------
+
+    def _ration(self, now: float) -> None:
+        """Holds back whom there is not enough for, and lets go on whom there is."""
+        if self._settings.metric is None or now < self._ration_s:
+            return
+        self._ration_s = now + RATION_PAUSE_S
+        deadline = self._settings.deadline_s
+        jobs = [
+            job
+            for job in self._active.values()
+            if not job.ending and (not job.paused or job.held_back in (BUDGET, DEADLINE))
+        ]
+        held = self._rationing.held_back(
+            jobs,
+            money_usd=self._money_usd(),
+            time_s=math.inf if deadline is None else deadline - now,
+            start_s=self._ready_s,
+            now=now,
+        )
+        for job in jobs:
+            reason = held.get(job.job_id, "")
+            if job.ending or bool(reason) == bool(job.held_back):
+                continue
+            if reason:
+                self._hold_back(job, reason)
+            else:
+                self._go_on(job)
+        if all(held.get(job.job_id) == DEADLINE and not job.generations for job in jobs):
+            for job in jobs:  # there is nobody to wait for
+                self._end(job, STOPPED, reason=DEADLINE)
+
+    def _hold_back(self, job: Record, reason: str) -> None:
+        self._record("paused", job.job_id, {"reason": reason})
+        job.state.held_back = job.held_back = reason
+        self._take_off(job)
+
+    def _money_usd(self) -> float:
+        """What jobs may still spend: free, or reserved for them and not used yet."""
+        unused = 0.0
+        for job_id in self._active:
+            ledger = self._ledger
+            unused += ledger.job_reserved_usd(job_id) + ledger.job_usd(job_id)
+            unused -= self.cost_usd(job_id)
+        return self._ledger.available_usd + unused
 
     # --- the end of a job -----------------------------------------------------------------------
 
@@ -1050,6 +1136,11 @@ class TaskScheduler:
         del self._active[job.job_id]
         self._adaptation.shares_changed()
         newest = self._newest_checkpoint(job)
+        needs = None
+        if job.ending == FINISHED:
+            self._rationing.finished(self._ledger.job_usd(job.job_id), self._elapsed_s(job))
+        elif job.ending == STOPPED:
+            needs = self._rationing.needs(job, self._ready_s)
         self._delete_old(job, newest)
         reports = tuple(job.state.reports)
         outcome = JobOutcome(
@@ -1071,6 +1162,8 @@ class TaskScheduler:
             "cost_usd": outcome.cost_usd,
             "duration_s": outcome.duration_s,
             "checkpoint": outcome.checkpoint,
+            "left": job.left,
+            "needs_usd": needs and needs[0],
             "error": [type(job.error).__name__, str(job.error)] if job.error else None,
         }
         try:
@@ -1108,7 +1201,7 @@ class TaskScheduler:
     def _facts(self, job: Record) -> JobFacts:
         spec, current, workload = job.state.spec, job.current, job.workload
         pinned = self._adaptation.is_pinned(job)  # then nobody asks for what could be had
-        left = job.left
+        left = job.iterations_left
         if left is None and workload is not None:
             left = workload.iterations
         return JobFacts(

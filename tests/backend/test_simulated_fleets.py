@@ -31,6 +31,7 @@ from smlt_tune.runtime.features import ModelFeatures
 from tests import jobs
 
 PRICES = load_prices()
+FEATURES = ModelFeatures(1_000, 4_000, 6e3, 1e2)
 #: More of them were run, too; these take some seconds.
 SWEEPS = int(os.environ.get("SMLT_TEST_SWEEPS", "40"))
 
@@ -114,22 +115,22 @@ def quarrel(fleet, chance):
             "epochs": chance.choice([2, 5, 12]),
             "second": chance.uniform(0.5, 6),
             "memory_mb": chance.choice([100.0, 100.0, 100.0, 700.0]),
+            "features": chance.choice([None, FEATURES]),
         }
         most = min(3, fleet.platform.limits.functions)
-        submitted.append(
-            fleet.submit(
-                describe,
-                config,
-                workers=chance.randint(1, most),
-                min_memory_mb=512,
-                max_memory_mb=1769,
-                memory_mb=chance.choice([512, 1024, None]),
-            )
+        job = fleet.submit(
+            describe,
+            config,
+            workers=chance.randint(1, most),
+            min_memory_mb=512,
+            max_memory_mb=1769,
+            memory_mb=chance.choice([512, 1024, None]),
         )
+        submitted.append((job, config["second"]))
     for _ in range(6):
         until_s = fleet.now_s + chance.uniform(0, 90)
         fleet.run_until(lambda until_s=until_s: fleet.now_s >= until_s)
-        job, what = chance.choice(submitted), chance.random()
+        (job, _), what = chance.choice(submitted), chance.random()
         if what < 0.15:
             job.stop("chance")
         elif what < 0.5:
@@ -157,12 +158,16 @@ def highest_nanos(history):
     return most
 
 
-def shortest_lease_usd(platform):
-    """What the largest job reserves at least: with less nothing can be started."""
-    factor = max([1.0, *(by for _, by in platform.options.price_changes)])
-    deliveries = platform.limits.deliveries
-    worst_usd = PRICES.worst_case_usd(1769, 1.02 * SHORTEST_LEASE_S, deliveries, init_s=0.0)
-    return 3 * factor * worst_usd
+def least_useful_usd(platform, job, second):
+    """What has to be reserved to start a job, get an iteration done, and hand over."""
+    options, bounds = platform.options, job._state.spec.bounds
+    slower = options.slow_factor if options.slow_share else 1.0
+    slower *= 2.0 if options.pace_spread else 1.0
+    needed_s = 1.6 * options.cold_start_s + 4.0 * slower * second / bounds.workers + 1.0
+    lease_s = 1.02 * max(SHORTEST_LEASE_S, needed_s)
+    memory_mb = job.allocations[-1].memory_mb if job.allocations else bounds.memory_mb or 1769
+    worst = PRICES.worst_case_usd(memory_mb, lease_s, platform.limits.deliveries, init_s=0.0)
+    return bounds.workers * max([1.0, *(by for _, by in options.price_changes)]) * worst
 
 
 @pytest.mark.parametrize("first", range(0, SWEEPS, 10))
@@ -171,7 +176,8 @@ def test_a_sweep_never_costs_more_than_its_budget_and_uses_it(first):
         chance = random.Random(seed)
         platform = a_platform(chance)
         budget_usd = chance.choice([0.003, 0.01, 0.03, 1.0])
-        with fleet_on(platform, budget_usd=budget_usd, tick_s=0.5) as fleet:
+        options = {"metric": chance.choice([None, "loss"]), "mode": "min", "tick_s": 0.5}
+        with fleet_on(platform, budget_usd=budget_usd, **options) as fleet:
             submitted = quarrel(fleet, chance)
             history = fleet.history.read()
             ledger = fleet.ledger
@@ -183,11 +189,12 @@ def test_a_sweep_never_costs_more_than_its_budget_and_uses_it(first):
         results = [result for _, _, result in platform.results]
         assert platform.bill().requests == sum(result.deliveries for result in results)
         told = Counter(event.job for event in history if event.kind == "ended")
-        assert told == {job.job_id: 1 for job in submitted}, who
-        reasons = {e.body["reason"] for e in history if e.kind == "ended"}
-        if "budget" in reasons:  # there was work left
+        assert told == {job.job_id: 1 for job, _ in submitted}, who
+        cut = {e.job for e in history if e.kind == "ended" and e.body["reason"] == "budget"}
+        if cut:  # no work is left that what is left could do
+            useful = [least_useful_usd(platform, *one) for one in submitted if one[0].job_id in cut]
             unused_usd = budget_usd - ledger.settled_usd
-            assert unused_usd <= max(0.05 * budget_usd, shortest_lease_usd(platform)), who
+            assert unused_usd <= max(0.05 * budget_usd, min(useful)), who
 
 
 # --- nothing is different -------------------------------------------------------------------------
@@ -323,30 +330,18 @@ def test_in_lockstep_nothing_is_trained_beyond_a_report(fleet):
     assert job.result().status == "finished"
 
 
-def test_drivers_are_told_of_reports_and_ends():
-    told = []
-
-    def on_report(job, report):
-        told.append((job.job_id, report.index))
-        if job.job_id == "bad" and report.index == 1:
-            job.stop("pruned")
-
-    def on_end(job):
-        told.append((job.job_id, job.status))
-        if job.job_id == "bad":
-            fleet.submit(describe, {"epochs": 1}, workers=1, name="next")
-
-    platform = SimulatedPlatform()
-    with fleet_on(platform, on_report=on_report, on_end=on_end) as fleet:
-        fleet.submit(describe, {"epochs": 9}, workers=1, name="bad")
-        fleet.run_until_idle()
-    assert told == [
-        ("bad", 0),
-        ("bad", 1),
-        ("bad", "stopped"),
-        ("next", 0),
-        ("next", "finished"),
-    ]
+def test_no_time_passes_until_the_driver_asks_for_the_next_change(fleet):
+    with fleet.changes() as changes:
+        fleet.submit(describe, {"epochs": 9, "iterations": 20}, workers=1, name="bad")
+        while (change := changes.next()).report is None:
+            pass
+        seen_s = fleet.now_s
+        change.job.stop("pruned")
+        assert changes.next(timeout_s=0.0) is None  # that takes a moment, and none has passed
+        assert changes.next().status == "stopped"
+        assert fleet.now_s == seen_s
+        with pytest.raises(UsageError, match="nothing goes on"):
+            changes.next()
 
 
 def broken(config):

@@ -5,8 +5,8 @@ import pytest
 from stages import baselines, workloads
 
 from smlt_tune.backend.goals import Cheapest, Fastest
-from smlt_tune.backend.resource_manager.observations import Allocation
-from smlt_tune.backend.sweeps.stage_planner import Stage, StageOption, plan_stages
+from smlt_tune.backend.resource_manager.observations import Allocation, Option
+from smlt_tune.backend.sweeps.stage_planner import Stage, plan_stages
 
 TRIALS = np.array([64, 32, 16, 8, 4, 2])
 GOALS = {"budget": Fastest, "deadline": Cheapest}
@@ -64,7 +64,7 @@ def test_the_repaired_algorithm_starts_at_the_best_static_plan(sweep, kind):
 
 
 def options_of_workers(*workers):
-    return [StageOption(Allocation(n, 1769, "redis"), 64 / n, 1 + n / 8) for n in workers]
+    return [Option(Allocation(n, 1769, "redis"), 64 / n, 1 + n / 8) for n in workers]
 
 
 def test_the_printed_algorithm_exceeds_limits():

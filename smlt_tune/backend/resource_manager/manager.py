@@ -21,6 +21,7 @@ from smlt_tune.backend.resource_manager.grid import Grid, around, grid_of
 from smlt_tune.backend.resource_manager.observations import (
     Allocation,
     Decision,
+    Option,
     Plan,
     Prediction,
     Profile,
@@ -159,6 +160,24 @@ class ResourceManager:
         front = tuple(outlook.prediction(i) for i in outlook.front())
         return Plan(outlook.prediction(best), front, feasible, notes, outlook.own, outlook.siblings)
 
+    def options(self, facts: JobFacts) -> tuple[Option, ...]:
+        """What the job would take with each allocation whose memory is enough.
+
+        Not only the front of one job: where many of them share the functions, fewer workers for
+        each can end all of them sooner than an allocation that is faster and cheaper.
+
+        Args:
+            facts: With a workload.
+
+        Raises:
+            InvalidInput: The facts have no workload.
+        """
+        if facts.workload is None:
+            raise InvalidInput("options need a workload: run the training function dry first")
+        with self._lock:
+            outlook = self._outlook(facts, closer=False)
+        return tuple(outlook.options())
+
     def predict(self, facts: JobFacts, allocation: Allocation) -> Prediction:
         """What can be expected of one allocation.
 
@@ -186,8 +205,13 @@ class ResourceManager:
 
     # --- how ------------------------------------------------------------------------------------
 
-    def _outlook(self, facts: JobFacts, current: Allocation | None = None) -> Outlook:
-        """Predictions for a grid of allocations, then for a finer one around the best."""
+    def _outlook(
+        self, facts: JobFacts, current: Allocation | None = None, *, closer: bool = True
+    ) -> Outlook:
+        """Predictions for a grid of allocations; ``closer``, also for a finer one around the best.
+
+        The grid alone is the same for all workloads.
+        """
         # Imports torch and gpytorch, which takes seconds the first time.
         from smlt_tune.backend.resource_manager.gaussian_process import one_thread
 
@@ -202,9 +226,11 @@ class ResourceManager:
                 grid = grid.joined(Grid.of([current], names))
             expected = known.of(grid, process, memory)
             coarse = Outlook(known, grid, expected, current)
-            closer = around(grid, coarse.best(), facts)
-            expected = np.concatenate([expected, known.of(closer, process, memory)], axis=1)
-            return Outlook(known, grid.joined(closer), expected, current)
+            if not closer:
+                return coarse
+            finer = around(grid, coarse.best(), facts)
+            expected = np.concatenate([expected, known.of(finer, process, memory)], axis=1)
+            return Outlook(known, grid.joined(finer), expected, current)
 
 
 def _why_move(outlook: Outlook, best: int, stay: int) -> str | None:

@@ -116,6 +116,21 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Option:
+    """What an allocation is expected to do for a job, without intervals.
+
+    Attributes:
+        allocation: On what.
+        time_s: From the invocation of its functions to its end, seconds.
+        cost_usd: Of the same, USD.
+    """
+
+    allocation: Allocation
+    time_s: float
+    cost_usd: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is known of a job before it costs anything.
 

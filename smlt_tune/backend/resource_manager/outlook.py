@@ -15,6 +15,7 @@ from smlt_tune.backend.resource_manager.memory import Holdings, MemoryModel
 from smlt_tune.backend.resource_manager.observations import (
     Allocation,
     Interval,
+    Option,
     Prediction,
     Profile,
     Workload,
@@ -436,6 +437,14 @@ class Outlook:
             spread = np.maximum(np.log(np.maximum(self._limited(1.0), 1e-18)) - middle, 1e-6)
             score = score + log_ndtr((math.log(max(limit, 1e-18)) - middle) / spread)
         return int(np.argmax(np.where(self.allowed, score, -np.inf)))
+
+    def options(self) -> list[Option]:
+        """Everything that is allowed and whose memory is enough; without intervals."""
+        usable = np.flatnonzero(self.allowed & (self._fits >= FITS))
+        return [
+            Option(self.allocation(i), float(self.time_s[i]), float(self.cost_usd[i]))
+            for i in usable.tolist()
+        ]
 
     def front(self, most: int = 12) -> list[int]:
         """What nothing beats in both time and cost, the fastest first; evenly thinned out."""

@@ -10,6 +10,7 @@ from smlt_tune.backend.resource_manager.observations import (
     DEFAULT_STORE,
     Allocation,
     Decision,
+    Option,
     Plan,
     Profile,
     Workload,
@@ -117,6 +118,15 @@ class Plans(Protocol):
 
     def plan(self, facts: JobFacts) -> Plan:
         """What it would choose, what else there is, and whether the goal can be kept.
+
+        Args:
+            facts: With a workload.
+        """
+
+    def options(self, facts: JobFacts) -> tuple[Option, ...]:
+        """What the job would take with each allocation whose memory is enough.
+
+        Which allocations there are depends on limits and bounds alone, and not on the workload.
 
         Args:
             facts: With a workload.

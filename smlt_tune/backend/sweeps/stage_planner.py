@@ -27,30 +27,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from smlt_tune.backend.goals import Fastest, Goal, goal_mistakes
-from smlt_tune.backend.resource_manager.observations import Allocation, Prediction, not_counts
+from smlt_tune.backend.resource_manager.observations import Option, not_counts
 from smlt_tune.backend.sweeps.knapsack import choose, total
 from smlt_tune.errors import InvalidInput
-
-
-@dataclass(frozen=True)
-class StageOption:
-    """What one trial takes in one stage with an allocation.
-
-    Attributes:
-        allocation: On what.
-        time_s: From the invocation of its functions to the end of its iterations in this stage,
-            seconds.
-        cost_usd: Of the same, USD.
-    """
-
-    allocation: Allocation
-    time_s: float
-    cost_usd: float
-
-    @classmethod
-    def of(cls, prediction: Prediction) -> "StageOption":
-        """From a prediction for a job that has the iterations of one stage."""
-        return cls(prediction.allocation, prediction.time_s.mid, prediction.cost_usd.mid)
 
 
 @dataclass(frozen=True)
@@ -59,14 +38,15 @@ class Stage:
 
     Attributes:
         trials: How many run in it.
-        options: To choose from, for all of them alike; those with more workers than there are
-            functions are left out. Nothing is gained by thinning them to the front of one trial in
-            time and cost, and something is lost: where functions are scarce, fewer workers for
-            each trial can end the stage sooner than an allocation that is faster and cheaper.
+        options: What one trial takes in this stage, to choose from for all of them alike; those
+            with more workers than there are functions are left out. Nothing is gained by thinning
+            them to the front of one trial in time and cost, and something is lost: where functions
+            are scarce, fewer workers for each trial can end the stage sooner than an allocation
+            that is faster and cheaper.
     """
 
     trials: int
-    options: tuple[StageOption, ...]
+    options: tuple[Option, ...]
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class PlannedStage:
     """
 
     trials: int
-    option: StageOption
+    option: Option
     waves: int
     time_s: float
     cost_usd: float
@@ -190,7 +170,14 @@ def replan(
     dearer = _mean_ratio([(one.cost_usd, one.planned.cost_usd, one.planned.dearer) for one in over])
     options = [
         [
-            _planned(stage.trials, option, functions, between_s, slower, dearer)
+            expected(
+                stage.trials,
+                option,
+                functions=functions,
+                between_s=between_s,
+                slower=slower,
+                dearer=dearer,
+            )
             for option in stage.options
             if option.allocation.workers <= functions
         ]
@@ -199,14 +186,25 @@ def replan(
     return _best(options, goal, over)
 
 
-def _planned(
+def expected(
     trials: int,
-    option: StageOption,
+    option: Option,
+    *,
     functions: int,
-    between_s: float,
-    slower: float,
-    dearer: float,
+    between_s: float = 0.0,
+    slower: float = 1.0,
+    dearer: float = 1.0,
 ) -> PlannedStage:
+    """What a stage takes with an option.
+
+    Args:
+        trials: How many run in it.
+        option: For each of them.
+        functions: How many may run at once; enough for one trial.
+        between_s: Between this stage and the next, seconds.
+        slower: Factor by which the time is corrected.
+        dearer: Factor by which the cost is corrected.
+    """
     waves = math.ceil(trials / (functions // option.allocation.workers))
     time_s = slower * (waves * option.time_s + between_s)
     cost_usd = dearer * trials * option.cost_usd
@@ -274,7 +272,10 @@ def _nearest(plan: StagePlan, goal: Goal, used: float) -> str:
 def _up(value: float) -> str:
     """Rounded up to four digits."""
     step = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return f"{math.ceil(value / step) * step:.10g}"
+    steps = math.ceil(value / step)
+    text = f"{steps * step:.10g}"
+    # The division may have rounded down to a whole number.
+    return text if float(text) >= value else f"{(steps + 1) * step:.10g}"
 
 
 def _stage_mistakes(stages: Sequence[Stage]) -> list[str]:

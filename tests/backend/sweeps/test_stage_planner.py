@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smlt_tune.backend.goals import Cheapest, Fastest
-from smlt_tune.backend.resource_manager.observations import Allocation, Interval, Prediction
+from smlt_tune.backend.resource_manager.observations import Allocation, Option
 from smlt_tune.backend.sweeps.knapsack import total
 from smlt_tune.backend.sweeps.stage_planner import (
     Stage,
-    StageOption,
     StageResult,
     plan_stages,
     replan,
@@ -23,7 +22,7 @@ ALLOCATIONS = [Allocation(n, m) for n in (1, 2, 3, 5) for m in (512, 1769)]
 
 
 def option(workers, time_s, cost_usd, memory_mb=1769):
-    return StageOption(Allocation(workers, memory_mb), time_s, cost_usd)
+    return Option(Allocation(workers, memory_mb), time_s, cost_usd)
 
 
 #: Twice the workers: a bit less than half of the time, for a bit more money.
@@ -53,9 +52,7 @@ def instances(draw):
     stages = []
     for _ in range(draw(st.integers(1, 4))):
         places = draw(st.lists(st.sampled_from(ALLOCATIONS), min_size=1, max_size=5, unique=True))
-        options = [
-            StageOption(place, draw(amounts), draw(st.just(0.0) | amounts)) for place in places
-        ]
+        options = [Option(place, draw(amounts), draw(st.just(0.0) | amounts)) for place in places]
         stages.append(Stage(draw(st.integers(1, 20)), tuple(options)))
     fewest = max(min(one.allocation.workers for one in stage.options) for stage in stages)
     functions = draw(st.integers(fewest, 12))
@@ -101,6 +98,15 @@ def test_a_plan_keeps_the_limit_and_is_the_best_there_is(instance, kind, data):
         advised = float(re.findall(r"=([^)]+)\) would do$", plan.notes[0])[0])
         assert advised == pytest.approx(least, rel=2e-3)
         assert plan_stages(stages, kind(advised), functions=functions, between_s=between_s).feasible
+
+
+def test_the_nearest_goal_is_one_that_can_be_kept_however_sums_are_rounded():
+    """0.06 + 0.5 + 0.01 is a little more than 0.57."""
+    stages = [Stage(1, (option(1, seconds, 0.0),)) for seconds in (0.06, 0.5, 0.01)]
+    plan = plan_stages(stages, Cheapest(0.5), functions=1)
+    assert plan.time_s > 0.57
+    advised = float(re.findall(r"=([^)]+)\) would do$", plan.notes[0])[0])
+    assert plan_stages(stages, Cheapest(advised), functions=1).feasible
 
 
 @pytest.mark.parametrize("goal", [Fastest, Cheapest])
@@ -181,14 +187,6 @@ def test_without_a_limit_every_stage_is_as_fast_or_as_cheap_as_it_can_be():
     same = Stage(1, (option(2, 5.0, 2.0), option(1, 5.0, 1.0), option(4, 9.0, 1.0)))
     for goal in (Fastest(), Cheapest()):
         assert plan_stages([same], goal, functions=9).stages[0].option == same.options[1]
-
-
-def test_an_option_comes_from_a_prediction():
-    there = Allocation(4, 1024, "redis")
-    prediction = Prediction(
-        there, Interval(1, 2, 3), Interval(10, 20, 30), Interval(0.1, 0.2, 0.3), 1.0
-    )
-    assert StageOption.of(prediction) == StageOption(there, 20, 0.2)
 
 
 # --- replanning -------------------------------------------------------------------------------
