@@ -15,6 +15,7 @@ import pytest
 import smlt_tune as smlt
 from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.backend.history import read_history
+from smlt_tune.backend.prices import load_prices
 from smlt_tune.errors import InvalidInput
 from tests import jobs
 
@@ -128,14 +129,21 @@ def test_a_killed_clients_jobs_go_on_where_they_were(places, platform, tmp_path)
     client.kill()
     client.communicate()
     assert gone(mark) == []
-    spent_before = {e.body["entry_id"]: e.body for e in read_history(folder) if e.kind == "ledger"}
-    worst = sum(
-        body["reserved_usd"] if body["settled_usd"] is None else body["settled_usd"]
-        for body in spent_before.values()
-    )
+    left = {e.body["entry_id"]: e for e in read_history(folder) if e.kind == "ledger"}
+    settled = sum(event.body["settled_usd"] or 0.0 for event in left.values())
+    unsettled = [event for event in left.values() if event.body["settled_usd"] is None]
+    assert unsettled
     with smlt.Fleet.open(folder, platform=platform, budget_usd=1.0) as fleet:
         assert [job.job_id for job in fleet.jobs()] == ["short", "n1", "n2"]
-        assert fleet.settled_usd == pytest.approx(worst, abs=1e-9)
+        # What was under way cost no more than what it can have taken until now.
+        now_at, prices = time.time(), load_prices()
+        most = settled + sum(
+            prices.invocation_usd(1769, now_at - event.at + platform.outlives_s)
+            for event in unsettled
+        )
+        taken_over = [e for e in fleet.ledger.entries() if e.entry_id in left]
+        assert settled < sum(entry.settled_usd for entry in taken_over) <= most
+        assert most < 0.5 * sum(event.body["reserved_usd"] for event in unsettled)
         short = fleet.submit(jobs.train, {}, name="short")  # known and over: nothing runs
         assert short.result(1).status == "finished"
         outcomes = [job.result(120) for job in fleet.jobs()]
