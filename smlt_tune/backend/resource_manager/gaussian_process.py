@@ -64,8 +64,9 @@ CONTEXT_SD, CONTEXT_SCALES = 0.07, (1.5, 1.2, 1.5, 1.5, 1.5)
 ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.015
 #: Noise of a time of computation: where it ends and waiting begins differs from the model.
 COMPUTATION_NOISE = 0.1
-#: A measurement that lies so many standard deviations above what the others say is a straggler.
-STRAGGLER_Z = 2.5
+#: A measurement that lies so many standard deviations above what the others say is a straggler,
+#: unless it is the job's own, of so many iterations or more: then that is its pace.
+STRAGGLER_Z, OWN_PACE = 2.5, 20
 _STEPS = 4
 _JITTER = 1e-8
 #: Degrees of freedom of the prior of the scale of all covariances, nu.
@@ -88,7 +89,8 @@ class Measurements:
         at: Where; p points.
         ln_s: ln t, shape (p,).
         iterations: Of how many iterations each is the median, shape (p,).
-        trials: Whose: equal numbers belong to one trial, shape (p,).
+        trials: Whose: equal numbers belong to one trial, 0 to the one that is asked about; shape
+            (p,).
         whole: Whether it is the whole time, or what a worker has computed by itself, shape (p,).
     """
 
@@ -308,7 +310,8 @@ class GaussianProcess:
         """Adds noise to what is far slower than the other measurements say (leave one out)."""
         inverse = torch.cholesky_inverse(self._factor).diagonal().numpy()
         z = self._weights.numpy() / np.sqrt(inverse)
-        slow = z > STRAGGLER_Z
+        own = (self._measured.trials == 0) & (self._measured.iterations >= OWN_PACE)
+        slow = (z > STRAGGLER_Z) & ~own
         self._noise = self._noise + np.where(slow, (z / np.sqrt(inverse)) ** 2, 0.0)
         return bool(slow.any())
 

@@ -185,6 +185,15 @@ def test_one_straggler_does_not_spoil_the_rest():
     assert np.delete(error, 5).max() < 0.1
 
 
+def test_a_job_whose_workers_wait_long_for_each_other_is_believed():
+    here = Points(*(np.full(2, x) for x in (4.0, 1645.0, 5e4, 2e5, 2e7, 192.0, 1e-4, 1e9)))
+    computed = MODEL.computation(here, THETA_MEAN).ln_s[0]
+    waits = np.array([computed + np.log(2.0), computed])  # as long as they compute
+    measured = measurements(here, waits, [0, 0], 500, whole=[True, False])
+    mean, _ = gp.GaussianProcess(MODEL, measured).predict(here, np.zeros(2))
+    assert mean[0] == pytest.approx(waits[0], abs=0.05)
+
+
 def test_the_same_data_twice_do_not_make_it_sure_of_another_trial():
     rng = np.random.default_rng(5)
     at, ln_s, of = family(rng, THETA_MEAN, 1, 6)
