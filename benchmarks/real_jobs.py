@@ -303,7 +303,11 @@ class Metered(LocalPlatform):
         """Only such functions as fit into the machine all at once."""
         limits = super().limits
         return PlatformLimits(
-            SMALLEST_MB, LARGEST_MB, limits.time_limit_s, CONCURRENCY, max_workers=CONCURRENCY
+            SMALLEST_MB,
+            LARGEST_MB,
+            limits.time_limit_s,
+            limits.concurrency,
+            max_workers=limits.concurrency,
         )
 
     def invoke(self, invocation, on_done):
@@ -384,16 +388,17 @@ class Cloud:
     """The platform, its prices and the data. Use it as a context manager.
 
     Args:
+        functions: How many fit into the machine.
         **options: Further ones of the local platform.
     """
 
-    def __init__(self, **options):
+    def __init__(self, functions=CONCURRENCY, **options):
         cores = len(os.sched_getaffinity(0))
-        self.cores_per_vcpu = (cores - RESERVED_CORES) / CONCURRENCY
+        self.functions, self.cores_per_vcpu = functions, (cores - RESERVED_CORES) / functions
         self.prices = load_prices()
         self._data = digits()
         self.platform = Metered(
-            concurrency=CONCURRENCY,
+            concurrency=functions,
             cores_per_vcpu=self.cores_per_vcpu,
             billing="wall",
             keep_alive_s=60.0,
@@ -410,7 +415,7 @@ class Cloud:
         """For the results."""
         return {
             "cores_per_vcpu": round(self.cores_per_vcpu, 4),
-            "concurrency": CONCURRENCY,
+            "concurrency": self.functions,
             "memory_mb": [SMALLEST_MB, LARGEST_MB],
             "billing": "wall",
             "samples": SAMPLES,
