@@ -119,7 +119,8 @@ class Candidate:
         """
         model = space.freeze(state["sample"])
         candidate = cls(number, state["name"], model, error=state["error"])
-        status, found = ModelStatus(state["status"]), []
+        status = ModelStatus(state["status"])
+        found: list[Job] = []
         while (job := jobs.get(_job_name(candidate.name, len(found)))) is not None:
             found.append(job)
         if status.completed():
