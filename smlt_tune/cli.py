@@ -7,10 +7,11 @@ a signal ended it.
 
 import argparse
 import json
+import os
 import secrets
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -25,10 +26,15 @@ from smlt_tune.errors import InvalidInput, SmltError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from smlt_tune.backend.fleet import Fleet
     from smlt_tune.backend.platforms.base import Platform
+    from smlt_tune.backend.sweeps.board import Board
+    from smlt_tune.backend.sweeps.folder import Folder
     from smlt_tune.backend.sweeps.sweep import Sweep
+    from smlt_tune.backend.watching.metrics import Metric
+    from smlt_tune.backend.watching.snapshot import Snapshot
 
-_EXTRAS = {"optuna": "optuna", "gpytorch": "gp", "torch": "torch"}
+_EXTRAS = {"optuna": "optuna", "gpytorch": "gp", "scipy": "gp", "torch": "torch"}
 
 #: Width of tables where the output is no terminal, characters.
 _LOG_WIDTH = 160
@@ -89,12 +95,27 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--trials", metavar="N", type=_checked("count"), help="how many trials")
     sweep.add_argument("--seed", metavar="N", type=_checked("natural"), help="of everything random")
     sweep.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder of the report (NAME-report by default)"
-    )
+        "--path", metavar="DIR", type=Path,
+        help="folder that keeps everything: to watch the sweep, and to resume it",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--out", metavar="DIR", type=Path,
+        help="folder of the report (NAME-report, or report in the folder that keeps everything)",
+    )  # fmt: skip
     sweep.add_argument(
         "--project", metavar="DIR", type=Path,
         help="folder in which measurements are kept, for later sweeps and plans",
     )  # fmt: skip
+    sweep.add_argument(
+        "--project-budget", metavar="USD", type=_checked("positive"),
+        help="hard limit for all sweeps of the project together",
+    )  # fmt: skip
+    resume = commands.add_parser(
+        "resume", help="go on with a sweep whose process ended, however it ended"
+    )
+    resume.set_defaults(run=_resume)
+    resume.add_argument("path", metavar="DIR", type=Path, help="as given to smlt sweep --path")
+    resume.add_argument("--out", metavar="DIR", type=Path, help="folder of the report")
     _add_plan(commands)
     _add_calibrate(commands)
     _add_watching(commands)
@@ -148,6 +169,10 @@ def _add_plan(commands: Any) -> None:
         "--dry-run-timeout", metavar="TIME", type=_checked("duration"), default=120.0,
         help="how long the function may take to the end of its first iteration (2m)",
     )  # fmt: skip
+    plan.add_argument(
+        "--simulate", action="store_true",
+        help="run a sweep in virtual time too, to see what budget and deadline make of it",
+    )  # fmt: skip
 
 
 def _add_calibrate(commands: Any) -> None:
@@ -188,9 +213,11 @@ def _add_watching(commands: Any) -> None:
     how.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     report = commands.add_parser("report", parents=[about], help="write about a fleet as HTML")
     report.set_defaults(run=_report)
+    report.add_argument("--out", metavar="FILE", type=Path, help="(report.html)")
     report.add_argument(
-        "--out", metavar="FILE", type=Path, default=Path("report.html"), help="(report.html)"
-    )
+        "--tensorboard", metavar="DIR", type=Path,
+        help="write event files for tensorboard --logdir DIR, and HTML only with --out",
+    )  # fmt: skip
     dashboard = commands.add_parser(
         "dashboard", parents=[about], help="show a fleet on a web page that updates itself"
     )
@@ -223,47 +250,65 @@ def _checked(converter: str) -> Any:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     """``smlt sweep``."""
-    _require("smlt sweep", "optuna")
+    from smlt_tune.backend.sweeps.folder import Folder
     from smlt_tune.backend.sweeps.sweep import load
 
+    project = arguments.project
     sweep = load(
         arguments.file,
         budget_usd=arguments.budget,
         deadline=arguments.deadline,
         trials=arguments.trials,
         seed=arguments.seed,
+        project=None if project is None else str(project.absolute()),
+        project_budget_usd=arguments.project_budget,
     )
-    return _run(sweep, arguments.out or Path(f"{sweep.name}-report"), arguments.project)
+    _require_search(sweep)
+    folder = None if arguments.path is None else Folder(arguments.path)
+    if folder is not None:
+        folder.keep(sweep)
+    report = folder.report if folder else Path(f"{sweep.name}-report")
+    return _run(sweep, folder, arguments.out or report)
 
 
-def _run(sweep: "Sweep", out: Path, project: Path | None) -> int:
+def _resume(arguments: argparse.Namespace) -> int:
+    """``smlt resume``."""
+    from smlt_tune.backend.sweeps.folder import Folder
+
+    folder = Folder(arguments.path)
+    sweep = folder.sweep()
+    _require_search(sweep)
+    return _run(sweep, folder, arguments.out or folder.report)
+
+
+def _run(sweep: "Sweep", folder: "Folder | None", out: Path) -> int:
     """Runs the sweep, frees everything whatever happens, then tells how it went."""
-    from smlt_tune.backend.fleet import Fleet
     from smlt_tune.backend.sweeps.board import Board, best
     from smlt_tune.backend.sweeps.report import write
     from smlt_tune.backend.sweeps.terminal import Terminal
-    from smlt_tune.integrations.optuna.sweeps import run_sweep
+    from smlt_tune.backend.watching.past import past_of
+    from smlt_tune.runtime.clock import SYSTEM_CLOCK
 
     ended: Exception | Stopped | None = None
-    with _Signals() as signals, closing(sweep.open_platform()) as platform:
-        fleet = Fleet(
-            platform=platform,
-            budget_usd=sweep.budget_usd,
-            deadline_s=sweep.deadline_s,
-            project=project,
-        )
-        board = Board(sweep, fleet)
+    kept = None if folder is None else folder.path
+    with _Signals(kept) as signals, closing(sweep.open_platform()) as platform:
+        shot = _shot(folder)
+        fleet = _fleet(sweep, platform, folder, shot)
+        now_at = SYSTEM_CLOCK.wall()
+        past = None if shot is None else past_of(shot, sweep.metric, now_at=now_at)
+        board = Board(sweep, fleet, past=past)
         terminal = Terminal(board, fleet)
+        notes: list[str] = []
         try:
             with fleet, terminal.live(), signals.heard():
-                run_sweep(sweep, fleet, board)
+                notes += _search(sweep, fleet, board, folder, terminal.say)
         except (Exception, Stopped) as error:  # noqa: BLE001 - raised again below
             ended = error
         board.close("interrupted" if isinstance(ended, Stopped) else "the sweep ended")
         terminal.leaderboard()
         terminal.bill()
-        notes = write(board, fleet, out)
-        for line in (f"report  {out / 'report.html'}", *notes):
+        missing = write(board, fleet, out)
+        for line in (*notes, *_halted(folder), f"report  {out / 'report.html'}", *missing):
             terminal.say(line)
     if isinstance(ended, Stopped):
         terminal.say(f"ended by {ended.signal.name}")
@@ -271,6 +316,70 @@ def _run(sweep: "Sweep", out: Path, project: Path | None) -> int:
     if ended is not None:
         raise ended
     return 0 if best(board.snapshot(), maximize=sweep.maximize) else 1
+
+
+def _search(
+    sweep: "Sweep",
+    fleet: "Fleet",
+    board: "Board",
+    folder: "Folder | None",
+    say: Callable[[str], None],
+) -> Sequence[str]:
+    """All trials that are not over. Returns what the user should know."""
+    if sweep.stages is not None:
+        from smlt_tune.backend.sweeps.staged import run_stages
+
+        return run_stages(sweep, fleet, board, say=say)
+    from smlt_tune.integrations.optuna.sweeps import run_sweep
+
+    run_sweep(sweep, fleet, board, None if folder is None else folder.journal)
+    return ()
+
+
+def _shot(folder: "Folder | None") -> "Snapshot | None":
+    """What an earlier client has left of the fleet; None if there was none."""
+    from smlt_tune.backend.watching.reading import Watch
+
+    return None if folder is None or not folder.has_fleet else Watch(folder.path).snapshot()
+
+
+def _halted(folder: "Folder | None") -> list[str]:
+    """What was cut when money or time ran out."""
+    from smlt_tune.backend.watching.halt_report import halt_report
+
+    shot = _shot(folder)
+    return [] if shot is None else halt_report(shot).lines()
+
+
+def _fleet(
+    sweep: "Sweep", platform: "Platform", folder: "Folder | None", shot: "Snapshot | None"
+) -> "Fleet":
+    """A new one, or the one that an earlier client has left, with the time that is left."""
+    from smlt_tune.backend.fleet import Fleet
+    from smlt_tune.runtime.clock import SYSTEM_CLOCK
+
+    deadline_s = sweep.deadline_s
+    if deadline_s is not None and shot is not None and shot.began_at is not None:
+        deadline_s = max(0.001, shot.began_at + deadline_s - SYSTEM_CLOCK.wall())
+    options: dict[str, Any] = {
+        "platform": platform,
+        "budget_usd": sweep.budget_usd,
+        "deadline_s": deadline_s,
+        "project": sweep.project,
+        "project_budget_usd": sweep.project_budget_usd,
+    }
+    if sweep.stages is None:
+        options |= {"metric": sweep.metric, "mode": "max" if sweep.maximize else "min"}
+    # Stages spend as they have planned: most of their trials are not meant to be finished.
+    if folder is None:
+        return Fleet(**options)
+    return (Fleet.open if shot else Fleet)(path=folder.path, **options)
+
+
+def _require_search(sweep: "Sweep") -> None:
+    """Refuses to begin without what the search needs."""
+    needed = {"qmc": ["scipy"], "gp": ["torch", "scipy"]}.get(sweep.sampler.name, [])
+    _require("smlt sweep", *([] if sweep.stages else ["optuna"]), *needed)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -320,7 +429,6 @@ def _status(arguments: argparse.Namespace) -> int:
     """``smlt status``."""
     from rich.live import Live
 
-    from smlt_tune.backend.watching.metrics import choose
     from smlt_tune.backend.watching.reading import Watch
     from smlt_tune.backend.watching.status import picture
     from smlt_tune.runtime.clock import SYSTEM_CLOCK
@@ -330,7 +438,7 @@ def _status(arguments: argparse.Namespace) -> int:
     def now() -> "RenderableType":
         shot = watch.snapshot()
         most = max(5, console.height - 12) if arguments.watch else 50
-        return picture(shot, choose(shot.jobs, arguments.metric, arguments.mode), most=most)
+        return picture(shot, _metric(shot, arguments), most=most)
 
     if arguments.json:
         print(json.dumps(watch.snapshot().to_json(), allow_nan=False, indent=1))
@@ -346,25 +454,42 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     """``smlt report``."""
-    from smlt_tune.backend.watching.metrics import choose
+    from smlt_tune.backend.watching import tensorboard
     from smlt_tune.backend.watching.reading import Watch
     from smlt_tune.backend.watching.report_page import write
 
     shot = Watch(arguments.path).snapshot()
-    write(shot, choose(shot.jobs, arguments.metric, arguments.mode), arguments.out)
-    print(f"wrote {arguments.out}")
+    out, events = arguments.out, arguments.tensorboard
+    if events is not None:
+        runs = tensorboard.write(shot, events)
+        print(f"wrote {runs} runs: tensorboard --logdir {events}")
+    if out is not None or events is None:
+        out = out or Path("report.html")
+        write(shot, _metric(shot, arguments), out)
+        print(f"wrote {out}")
     return 0
+
+
+def _metric(shot: "Snapshot", arguments: argparse.Namespace) -> "Metric":
+    """What jobs are compared by: as the user says, else as the sweep does."""
+    from smlt_tune.backend.sweeps.folder import Folder
+    from smlt_tune.backend.watching.metrics import choose
+
+    name, mode = arguments.metric, arguments.mode
+    if name is None:
+        of_sweep, direction = Folder(arguments.path).metric()
+        if any(job.last(of_sweep) is not None for job in shot.jobs):
+            name, mode = of_sweep, mode or direction
+    return choose(shot.jobs, name, mode)
 
 
 def _dashboard(arguments: argparse.Namespace) -> int:
     """``smlt dashboard``."""
     from smlt_tune.backend.watching.dashboard import Dashboard, is_loopback
-    from smlt_tune.backend.watching.metrics import Metric, choose
     from smlt_tune.backend.watching.reading import Watch
-    from smlt_tune.backend.watching.snapshot import Snapshot
 
-    def metric(shot: Snapshot) -> Metric:
-        return choose(shot.jobs, arguments.metric, arguments.mode)
+    def metric(shot: "Snapshot") -> "Metric":
+        return _metric(shot, arguments)
 
     watch = Watch(arguments.path)
     metric(watch.snapshot())
@@ -445,11 +570,18 @@ class _Signals:
 
     While the fleet starts and while everything is freed and written down, it has to wait. Later
     ones change nothing.
+
+    A sweep that can be resumed ends as it would by SIGKILL instead, with no trial being over that
+    is not: its functions end with it, and nothing that it knows is lost.
+
+    Args:
+        resumable: The folder of such a sweep.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self) -> None:
+    def __init__(self, resumable: Path | None) -> None:
+        self._resumable = resumable
         self._received = 0
         self._heard = False
 
@@ -473,6 +605,12 @@ class _Signals:
             self._heard = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._resumable is not None:
+            name = signal.Signals(number).name
+            text = f"\nended by {name}; smlt resume {self._resumable} goes on\n"
+            show_cursor = "\x1b[?25h" if sys.stdout.isatty() else ""
+            os.write(sys.stdout.fileno(), (show_cursor + text).encode())
+            os._exit(128 + number)
         if not self._received:
             self._received = number
             if self._heard:

@@ -6,12 +6,15 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import smlt_tune
 from smlt_tune import cli
 from smlt_tune.backend.sweeps import target
+from smlt_tune.backend.sweeps.sweep import load
 from tests.integrations.optuna.fake_fleet import FakeFleet, FakeJob
 
 SWEEP = """\
@@ -44,9 +47,10 @@ class LedgerFleet(FakeFleet):
     path = None
     made = ()
 
-    def __init__(self, *, platform, budget_usd, deadline_s, project=None):
+    def __init__(self, *, platform, budget_usd, deadline_s, project=None, **options):
         platform.close()
         super().__init__(self.path, budget_steps=budget_usd and int(budget_usd / 0.001))
+        self.options = options
         self.budget_usd, self.deadline_s, self.project = budget_usd, deadline_s, project
         type(self).made = (*self.made, self)
 
@@ -57,14 +61,6 @@ class LedgerFleet(FakeFleet):
         for job in self.jobs():
             job.stop("closed")
         self.closed = True
-
-    @property
-    def settled_usd(self):
-        return sum(job.cost_usd for job in self.jobs() if job.status != "running")
-
-    @property
-    def reserved_usd(self):
-        return 0.001 * sum(job.status == "running" for job in self.jobs())
 
 
 @pytest.fixture
@@ -117,9 +113,34 @@ def test_arguments_override_the_file(folder):
     given = ["--budget", "0.5", "--deadline", "2m", "--trials", "1", "--project", "kept"]
     cli.main(["sweep", "sweep.yaml", *given])
     (fleet,) = LedgerFleet.made
-    assert (fleet.budget_usd, fleet.deadline_s, str(fleet.project)) == (0.5, 120, "kept")
+    assert (fleet.budget_usd, fleet.deadline_s, fleet.project) == (0.5, 120, folder / "kept")
     assert len(fleet.jobs()) == 1
     assert fleet.closed
+
+
+def test_a_folder_keeps_the_sweep_as_it_was_started(folder, capsys):
+    (folder / "sweep.yaml").write_text(SWEEP + "platform: inline\nproject: measured\n")
+    given = ["--budget", "0.5", "--deadline", "2m", "--trials", "3", "--seed", "5"]
+    assert cli.main(["sweep", "sweep.yaml", "--path", "kept", *given]) == 0
+    assert LedgerFleet.made[0].options["path"] == Path("kept")
+    assert (folder / "kept" / "report" / "report.html").exists()
+    kept = load(folder / "kept" / "sweep.yaml")
+    first = load(folder / "sweep.yaml", budget_usd=0.5, deadline=120, trials=3, seed=5)
+    assert kept.train_name == f"{folder / 'code.py'}:train"
+    assert kept.project == folder / "measured"
+    same = {"path": None, "train_name": "", "document": {}, "project": None}
+    assert replace(kept, **same) == replace(first, **same)
+    assert cli.main(["sweep", "sweep.yaml", "--path", "kept"]) == 2
+    assert "there is a sweep in kept: smlt resume kept goes on with it" in capsys.readouterr().err
+    (folder / "kept" / "sweep.yaml").unlink()
+    (folder / "kept" / "history.sqlite3").touch()
+    assert cli.main(["sweep", "sweep.yaml", "--path", "kept"]) == 2
+    assert "there is a fleet in kept: choose another folder" in capsys.readouterr().err
+    assert cli.main(["resume", "kept"]) == 2
+    assert "there is no sweep in kept: smlt sweep FILE --path kept" in capsys.readouterr().err
+    (folder / "file").touch()
+    assert cli.main(["sweep", "sweep.yaml", "--path", "file"]) == 2
+    assert "cannot use the folder file: " in capsys.readouterr().err
 
 
 def test_the_budget_ends_a_sweep_with_what_there_is(folder, capsys):
@@ -192,7 +213,6 @@ def test_the_live_table_fits_any_width(folder):
     from rich.console import Console
 
     from smlt_tune.backend.sweeps.board import Board
-    from smlt_tune.backend.sweeps.sweep import load
     from smlt_tune.backend.sweeps.terminal import Terminal
     from smlt_tune.integrations.optuna.sweeps import run_sweep
 

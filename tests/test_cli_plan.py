@@ -321,3 +321,33 @@ def test_without_an_extra_it_says_what_to_install(folder, capsys, monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "gpytorch" else find(name))
     assert function() == 2
     assert "smlt plan needs gpytorch: pip install 'smlt-tune[gp]'" in capsys.readouterr().err
+
+
+def test_stages_are_planned_together(folder, capsys):
+    text = SWEEP.replace("trials: 8\n", "trials: 8\nstages: {count: 3}\n")
+    (folder / "sweep.yaml").write_text(text)
+    assert plan("sweep.yaml", "--budget", "9", "--out", "plan.json") == 0
+    told = json.loads((folder / "plan.json").read_text())
+    assert [stage["trials"] for stage in told["stages"]] == [8, 4, 2]
+    assert told["cost_usd"] == pytest.approx(sum(one["cost_usd"] for one in told["stages"]))
+    assert told["time_s"] == pytest.approx(sum(one["time_s"] for one in told["stages"]))
+    out = capsys.readouterr().out
+    assert "tiny: 8 trials in 3 stages" in out
+    for number, (trials, rung) in enumerate([(8, 1), (4, 2), (2, 4)], 1):
+        assert re.search(rf"^ *{number} +{trials} +{rung} +\d", out, re.MULTILINE)
+    assert plan("sweep.yaml", "--budget", "1e-6", "--out", "plan.json") == 2
+    assert not json.loads((folder / "plan.json").read_text())["feasible"]
+    assert "note: " in capsys.readouterr().out
+    assert plan("sweep.yaml", "--out", "plan.png") == 2
+    assert "pictures of all sweeps but those in stages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stages", ["", "stages: {count: 3}\n"])
+def test_a_sweep_is_run_in_virtual_time(folder, capsys, stages):
+    (folder / "sweep.yaml").write_text(SWEEP + stages)
+    assert plan("sweep.yaml", "--simulate") == 0
+    assert re.search(r"^simulated: .* and \$\d", capsys.readouterr().out, re.MULTILINE)
+    assert plan("sweep.yaml", "--simulate", "--budget", "1e-6") == 2
+    assert re.search("simulated: .*(not started|budget)", capsys.readouterr().out)
+    assert function("--simulate") == 2
+    assert "--simulate is for a sweep file" in capsys.readouterr().err

@@ -100,6 +100,78 @@ def test_workers_may_be_a_parameter(sweep_file):
     assert sweep.workers_of({"depth": 3}) == 3
 
 
+def test_candidates_are_all_trained_in_their_order(sweep_file):
+    text = """
+        train: code.py:train
+        metric: accuracy
+        candidates:
+          - {layers: [64, 32], workers: 2}
+          - {layers: [128], workers: 1, dropout: 0.5}
+        workers: {from: workers}
+    """
+    sweep = load(sweep_file(text))
+    assert (sweep.trials, sweep.parameters) == (2, ("layers", "workers", "dropout"))
+    assert sweep.configurations() == [dict(one) for one in sweep.candidates]
+    first, second = sweep.candidates
+    assert sweep.config_of(first) == {"layers": [64, 32]}
+    assert [sweep.workers_of(one) for one in (first, second)] == [2, 1]
+
+
+def test_a_grid_has_every_combination_once(sweep_file):
+    text = """
+        train: code.py:train
+        metric: accuracy
+        space:
+          lr: {float: [0.01, 1], log: true}
+          drop: {float: [0, 0.5], step: 0.25}
+          depth: {int: [1, 5], step: 2}
+          kind: {categorical: [a, null]}
+        sampler: {name: grid, points: 3}
+    """
+    drawn = load(sweep_file(text)).configurations()
+    assert len({tuple(one.values()) for one in drawn}) == len(drawn) == 3 * 3 * 3 * 2
+    assert sorted({one["lr"] for one in drawn}) == pytest.approx([0.01, 0.1, 1.0])
+    assert {one["drop"] for one in drawn} == {0.0, 0.25, 0.5}
+    assert {one["depth"] for one in drawn} == {1, 3, 5}
+    assert {one["kind"] for one in drawn} == {"a", None}
+    assert load(sweep_file(text), trials=7).configurations() == drawn[:7]
+    assert load(sweep_file(text), seed=1).configurations() != drawn
+
+
+@pytest.mark.parametrize("sampler", ["random", "qmc"])
+def test_what_is_drawn_lies_in_the_space_and_depends_on_the_seed_alone(sweep_file, sampler):
+    pytest.importorskip("scipy")
+    path = sweep_file(GOOD + f"sampler: {sampler}\n")
+    drawn = load(path, trials=40).configurations()
+    assert all(0.001 <= one["lr"] <= 0.1 for one in drawn)
+    assert {one["depth"] for one in drawn} == {1, 2, 3}
+    assert {one["kernel"] for one in drawn} == {3, 5}
+    assert load(path).configurations() == drawn[:5]  # more trials do not change the first ones
+    assert load(path, seed=7).configurations() != drawn[:5]
+
+
+def test_stages_halve_the_trials(sweep_file):
+    sweep = load(sweep_file(GOOD + "stages: {first: 2, factor: 3, count: 2}\n"))
+    assert [sweep.stages.reports(stage) for stage in range(2)] == [2, 6]
+    assert [sweep.stages.trials(stage, sweep.trials) for stage in range(2)] == [5, 1]
+    assert sweep.sampler.name == "random"
+    assert len(sweep.configurations()) == sweep.trials
+
+
+def test_what_is_given_beside_the_file_replaces_its_settings(sweep_file):
+    path = sweep_file(GOOD + "budget_usd: 3\n")
+    sweep = load(path, trials=2, deadline=60.0, seed=None)
+    assert (sweep.trials, sweep.deadline_s, sweep.budget_usd, sweep.seed) == (2, 60.0, 3, 0)
+    assert sweep.document["trials"] == 2
+    assert mistakes_of_given(path, trials=0) == ["3: trials: expected a whole number of at least 1"]
+
+
+def mistakes_of_given(path, **given):
+    with pytest.raises(InvalidInput) as caught:
+        load(path, **given)
+    return [one.removeprefix(f"{path}:").rpartition(",")[0] for one in caught.value.mistakes]
+
+
 BAD = [
     ("trials: 0", "trials", "expected a whole number of at least 1, not 0"),
     ("trials: many", "trials", "expected a whole number of at least 1, not 'many'"),
@@ -120,14 +192,36 @@ BAD = [
     (
         "sampler: tbe",
         "sampler",
-        "expected one of tpe, random, not 'tbe'; did you mean 'tpe'?",
+        "expected one of random, grid, qmc, tpe, gp, nsgaii, not 'tbe'; did you mean 'tpe'?",
     ),
     ("sampler: {startup: 3}", "sampler.name", "is missing"),
     (
         "pruner: {name: asha, warmup: 1}",
         "unknown setting pruner.warmup",
-        "known: factor, min_reports, name",
+        "known: early_stopping_rate, factor, min_reports, name",
     ),
+    ("pruner: {name: asha, factor: 1}", "pruner.factor", "expected a whole number of at least 2"),
+    ("pruner: {name: percentile}", "pruner.name", "percentile needs percentile"),
+    ("pruner: {name: percentile, percentile: 101}", "pruner.percentile", "a number from 0 to 100"),
+    ("pruner: hyperband", "pruner", "hyperband needs max_reports: {name: hyperband, max_reports"),
+    ("pruner: {name: patient, patience: 0}", "pruner.patience", "of at least 1, not 0"),
+    ("pruner: {name: patient, patience: 1, min_delta: -1}", "pruner.min_delta", "at least 0, not"),
+    ("pruner: {name: threshold}", "pruner.name", "threshold needs lower or upper"),
+    ("pruner: 3", "pruner", "expected one of median, percentile, asha, hyperband, patient,"),
+    ("sampler: {name: nsgaii, population: 1}", "sampler.population", "at least 2, not 1"),
+    ("sampler: grid", "sampler", "a grid needs points: N, or a step of every float; without: lr"),
+    ("sampler: {name: gp, startup: 0}", "sampler.startup", "of at least 1, not 0"),
+    ("sampler: {name: tpe, multivariate: 1}", "sampler.multivariate", "true or false, not 1"),
+    ("stages: 3", "stages", "expected {first: 1, factor: 2, count: 4}"),
+    ("stages: {first: 1}", "stages.count", "is missing"),
+    ("stages: {first: 0, count: 2}", "stages.first", "of at least 1, not 0"),
+    ("stages: {factor: 1, count: 2}", "stages.factor", "of at least 2, not 1"),
+    ("stages: {count: 4}", "stages", "4 stages that keep one in 2 need at least 8 trials, not 5"),
+    ("stages: {count: 2, reports: 3}", "unknown setting stages.reports", "known: count, factor,"),
+    ("candidates: []", "candidates", "expected a list of configurations such as [{depth: 2}]"),
+    ("candidates: [{x: 1}, 2, {}]", "candidates", "not so: number 2, 3"),
+    ("project_budget_usd: 3", "project_budget_usd", "there is no project"),
+    ("project: 3", "project", "expected text, not 3"),
     ("pruner: {name: median, warmup: -1}", "pruner.warmup", "expected a whole number of at least"),
     ("platform: loca", "platform", "expected one of inline, local, ray, not 'loca'; did you mean"),
     ("platform: {name: local, concurency: 3}", "unknown setting platform.concurency", "did you"),
@@ -169,6 +263,39 @@ BAD = [
     ("train: code.py:number", "train", "code.py:number is no function"),
     ("train: no_such_module:f", "train", "ModuleNotFoundError: No module named 'no_such_module'"),
 ]
+
+
+CONTRADICTIONS = [
+    ("sampler: tpe", "candidates: [{x: 1}, {x: 2}]", "sampler", "there is nothing to sample"),
+    ("candidates: [{x: 1}]", "space: {x: {int: [1, 2]}}", "candidates", "there is a space too"),
+    ("trials: 3", "candidates: [{x: 1}, {x: 2}]", "trials", "there are 2 candidates, not 3"),
+    ("config: {x: 1}", "candidates: [{x: 1}]", "config", "'x' is in the candidates too"),
+    ("workers: {from: x}", "candidates: [{x: 1}, {y: 1}]", "workers.from", "in every candidate"),
+    (
+        "workers: {from: x}",
+        "candidates: [{x: a}]",
+        "workers.from",
+        "that are no numbers of workers",
+    ),
+    (
+        "trials: 5",
+        "sampler: grid\nspace: {x: {int: [1, 2]}, y: {categorical: [a, b]}}",
+        "trials",
+        "there are 4 configurations in the grid, not 5",
+    ),
+    ("pruner: median", "STAGES", "pruner", "stages end trials themselves: leave the pruner out"),
+    ("sampler: tpe", "STAGES", "sampler", "stages start all trials before anything is known"),
+    ("workers: {from: x}", "STAGES", "workers", "in stages all trials have the same number"),
+]
+
+
+@pytest.mark.parametrize(("line", "with_", "where", "message"), CONTRADICTIONS)
+def test_settings_that_exclude_each_other_are_told(sweep_file, line, with_, where, message):
+    base = "train: code.py:train\nmetric: accuracy\n"
+    stages = "trials: 4\nstages: {count: 2}\nspace: {x: {int: [1, 2]}}"
+    found = mistakes_of(sweep_file(f"{base}{line}\n{with_.replace('STAGES', stages)}\n"))
+    assert found == [f"3: {where}: {found[0].partition(f'{where}: ')[2]}"]
+    assert message in found[0]
 
 
 @pytest.mark.parametrize(("line", "where", "message"), BAD, ids=[line for line, _, _ in BAD])
@@ -216,7 +343,11 @@ def test_what_is_no_sweep_file(sweep_file, tmp_path):
     assert mistakes_of(tmp_path) == [" cannot be read: Is a directory"]
 
 
-def test_the_example_is_right():
-    sweep = load(Path(__file__).parents[1] / "examples" / "sweep.yaml")
+def test_the_examples_are_right():
+    examples = Path(__file__).parents[1] / "examples"
+    sweep = load(examples / "sweep.yaml")
     assert sweep.trials >= 12
     assert {sweep.workers_of({"batch_size": size}) for size in (32, 64, 128)} == {1, 2, 4}
+    staged = load(examples / "sweep_stages.yaml")
+    assert staged.trials == 16
+    assert staged.stages.reports(staged.stages.count - 1) == staged.config["epochs"]

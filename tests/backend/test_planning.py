@@ -24,7 +24,8 @@ from smlt_tune.backend.resource_manager.observations import (
     Workload,
 )
 from smlt_tune.backend.resource_manager.policy import Bounds
-from smlt_tune.backend.sweeps.plan import DRAWN, configurations_of, plan_sweep, quantile
+from smlt_tune.backend.sweeps.drawing import quantile
+from smlt_tune.backend.sweeps.plan import DRAWN, configurations_of, plan_sweep
 from smlt_tune.backend.sweeps.space import Categorical, FloatParameter, IntParameter
 from smlt_tune.backend.sweeps.sweep import load
 from smlt_tune.errors import InvalidInput, ObjectDamaged, TrainingFunctionError, UsageError
@@ -288,6 +289,25 @@ def test_trials_that_differ_widen_the_interval(measured, sweep):
     assert differ.cost_usd.low < same.cost_usd.low
     assert differ.cost_usd.high > same.cost_usd.high
     assert differ.time_s.high / differ.time_s.mid > 1.25
+
+
+def test_candidates_are_planned_as_they_are_listed(measured, tmp_path):
+    (tmp_path / "code.py").write_text("def train(config): ...\n")
+    base = "train: code.py:train\nmetric: accuracy\ncandidates: "
+
+    def listed(depths):
+        path = tmp_path / "sweep.yaml"
+        path.write_text(base + repr([{"depth": depth} for depth in depths]))
+        return plan_sweep(load(path), policy=ByDepth(prediction(1, 1, 1)), limits=LIMITS)
+
+    few = listed([1, 5, 9])
+    assert [one.name for one in few.samples] == ["candidate 1", "candidate 2", "candidate 3"]
+    cost = few.chosen.cost_usd  # all are known: no error of drawing
+    assert (cost.low / cost.mid, cost.high / cost.mid) == pytest.approx((0.8, 1.25))
+    many = listed(range(1, 21))
+    assert [one.params["depth"] for one in many.samples] == [1, 7, 14, 20]
+    cost = many.chosen.cost_usd
+    assert cost.low / cost.mid < 0.75
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from smlt_tune.backend.sweeps.sweep import Sweep
@@ -97,11 +97,32 @@ class Row:
         return self.state not in ("waiting", "running")
 
 
+@dataclass(frozen=True)
+class Past:
+    """What earlier clients have left of a sweep.
+
+    Attributes:
+        elapsed_s: Since the sweep began, seconds.
+        spending: The ledger up to now.
+        jobs: What is known of each job, by its name, as the row of its trial.
+    """
+
+    elapsed_s: float
+    spending: Sequence[Spending]
+    jobs: Mapping[str, Row]
+
+
 Listener = Callable[[str, Row], None]
 
 
 class Board:
     """All rows of a sweep. Safe to use from several threads.
+
+    Args:
+        sweep: What runs.
+        fleet: Where.
+        clock: Time.
+        past: What earlier clients have left of a sweep that is continued; None for a new one.
 
     Attributes:
         sweep: What runs.
@@ -109,13 +130,24 @@ class Board:
         spending: The ledger over time.
     """
 
-    def __init__(self, sweep: Sweep, fleet: "Fleet", clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        fleet: "Fleet",
+        clock: Clock = SYSTEM_CLOCK,
+        *,
+        past: Past | None = None,
+    ) -> None:
         self.sweep = sweep
         self.rows: dict[int, Row] = {}
         self.spending: list[Spending] = []
         self.logs: dict[int, dict[str, str]] = {}
         self._fleet, self._clock = fleet, clock
         self._begin = clock.monotonic()
+        self._past = {} if past is None else past.jobs
+        if past is not None:
+            self._begin -= past.elapsed_s
+            self.spending += past.spending
         self._lock = threading.RLock()
         self._jobs: dict[int, Job] = {}
         self._listeners: list[Listener] = []
@@ -148,10 +180,35 @@ class Board:
             row.state, row.metrics = "running", dict(report.metrics)
             row.workers, row.memory_mb = report.workers, report.memory_mb
             row.seconds, row.cost_usd = report.time_s, report.cost_usd
+            past = self._past.get(job.job_id)
+            if past is not None and report.index < len(past.points):  # told to an earlier client
+                row.points.append(past.points[report.index])
+                return
             value = report.metrics.get(self.sweep.metric)
             number = float(value) if isinstance(value, int | float) else None
             row.points.append(Point(self.elapsed_s, report.time_s, report.cost_usd, number))
             self._tell("reported", row)
+
+    def restore(
+        self, trial: int, params: Mapping[str, Any], state: str, why: str, job_id: str
+    ) -> None:
+        """A trial was over before this client began.
+
+        Args:
+            trial: Its number.
+            params: What the sampler chose.
+            state: How it ended.
+            why: For people.
+            job_id: Of its job; one that never began leaves the row empty.
+        """
+        known = self._past.get(job_id) or Row(trial, {})
+        with self._lock:
+            self.rows[trial] = replace(
+                known, trial=trial, params=dict(params), state=state, why=why
+            )
+            if state == "failed":
+                found = (job.logs() for job in self._fleet.jobs() if job.job_id == job_id)
+                self.logs[trial] = next(found, {})
 
     def end(self, trial: int, state: str, why: str = "", seconds: float | None = None) -> None:
         """The trial is over."""
@@ -191,8 +248,8 @@ class Board:
         if job is None:
             return
         row.cost_usd = job.cost_usd
-        if job.status == "running" and row.state == "waiting":
-            row.state = "running"
+        if not row.over and job.status in ("running", "paused"):
+            row.state = "running" if job.status == "running" else "waiting"
         if job.allocation is not None:
             row.workers, row.memory_mb = job.allocation.workers, job.allocation.memory_mb
 

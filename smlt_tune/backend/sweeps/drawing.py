@@ -52,10 +52,11 @@ def quantile(parameter: Parameter, u: float) -> Any:
     if isinstance(parameter, FloatParameter):
         if parameter.step is not None:
             return _stepped(parameter, _index(u, _steps(parameter)))
-        return float(low * (high / low) ** u) if parameter.log else low + u * (high - low)
+        value = low * (high / low) ** u if parameter.log else low + u * (high - low)
+        return min(float(value), high)  # rounding must not lead out of the space
     if parameter.log:
-        value = (low - 0.5) * ((high + 0.5) / (low - 0.5)) ** u
-        return min(max(round(value), parameter.low), parameter.high)
+        rounded = round((low - 0.5) * ((high + 0.5) / (low - 0.5)) ** u)
+        return min(max(rounded, parameter.low), parameter.high)
     return _stepped(parameter, _index(u, _steps(parameter)))
 
 
@@ -102,6 +103,9 @@ def _grid_value(parameter: Parameter, place: int, size: int) -> Any:
 
 
 def _steps(parameter: FloatParameter | IntParameter) -> int:
+    """How many values it has."""
+    if isinstance(parameter, IntParameter):
+        return (parameter.high - parameter.low) // parameter.step + 1
     return math.floor((parameter.high - parameter.low) / (parameter.step or 1) * (1 + 1e-9)) + 1
 
 

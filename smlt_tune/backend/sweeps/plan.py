@@ -8,7 +8,8 @@ first come, first served.
 
 With T trials and n drawn configurations, the mean of the trials is known up to the relative error
 ``t v sqrt(1/n + 1/T)``, where v is the coefficient of variation of the drawn ones and t the 95 %
-quantile of Student's distribution with n - 1 degrees of freedom.
+quantile of Student's distribution with n - 1 degrees of freedom. Of T listed candidates, n of which
+were looked at, it is ``t v sqrt(1/n - 1/T)``: nothing is drawn if all were.
 
 The resource manager errs for all trials in the same direction, so the low ends of its intervals are
 added up as they are, and the high ends too. Drawing errs independently of that; both are combined
@@ -36,6 +37,8 @@ from smlt_tune.errors import InvalidInput
 
 #: Configurations drawn from the space.
 DRAWN = 4
+#: Up to so many candidates are all looked at.
+_ALL = DRAWN + 2
 #: 95 % quantile of Student's distribution with DRAWN - 1 degrees of freedom.
 _STUDENT = 2.353
 #: Most points of the front, and most prices of time that are tried for it.
@@ -94,6 +97,11 @@ class SweepPlan:
     feasible: bool
     notes: tuple[str, ...]
 
+    @property
+    def typical(self) -> list[Sample]:
+        """The samples that stand for all trials: those that are not corners."""
+        return _typical(self.samples)
+
 
 def plan_sweep(
     sweep: Sweep,
@@ -148,8 +156,14 @@ def plan_sweep(
 
 
 def configurations_of(sweep: Sweep) -> list[tuple[str, dict[str, Any]]]:
-    """The corners of the space and what is drawn from it, by name; the same for the same seed."""
+    """The corners of the space and what is drawn from it, by name; the same for the same seed.
+
+    Of candidates, all if they are few, otherwise some.
+    """
     space = sweep.space
+    if sweep.candidates:
+        listed = [(f"candidate {i}", one) for i, one in enumerate(sweep.configurations(), 1)]
+        return words.thinned(listed, len(listed) if len(listed) <= _ALL else DRAWN)
     random = np.random.default_rng(sweep.seed)
     strata = np.stack([random.permutation(DRAWN) for _ in space], axis=1)
     drawn = (strata + random.random(strata.shape)) / DRAWN
@@ -177,7 +191,7 @@ def mistakes_of(sweep: Sweep, limits: PlatformLimits) -> list[str]:
 
 
 def _summary(sweep: Sweep, samples: tuple[Sample, ...], limits: PlatformLimits) -> SweepPlan:
-    drawn = [sample.job.plan for sample in samples if sample.name.startswith("drawn")]
+    drawn = [sample.job.plan for sample in _typical(samples)]
     chosen = outcome([plan.chosen for plan in drawn], sweep, limits)
     front = _front([(plan.chosen, *plan.front) for plan in drawn], sweep, limits)
     affordable = in_time = None
@@ -191,6 +205,10 @@ def _summary(sweep: Sweep, samples: tuple[Sample, ...], limits: PlatformLimits) 
         notes.append("trials that the pruner ends early take less than this")
     notes += _notes_of(samples)
     return SweepPlan(samples, chosen, front, affordable, in_time, feasible, tuple(notes))
+
+
+def _typical(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.name not in ("lowest", "highest")]
 
 
 def _notes_of(samples: Sequence[Sample]) -> list[str]:
@@ -223,8 +241,8 @@ def outcome(jobs: Sequence[Prediction], sweep: Sweep, limits: PlatformLimits) ->
     ends = [max(_ends(jobs, end, sweep, limits)) for end in ("low", "mid", "high")]
     return Outcome(
         tuple(job.allocation for job in jobs),
-        _widened(Interval(*ends), [job.time_s.mid for job in jobs], sweep.trials),
-        _widened(cost, [c.mid for c in costs], sweep.trials),
+        _widened(Interval(*ends), [job.time_s.mid for job in jobs], sweep),
+        _widened(cost, [c.mid for c in costs], sweep),
     )
 
 
@@ -245,11 +263,13 @@ def _ends(
     return ends
 
 
-def _widened(sum_: Interval, of_jobs: Sequence[float], trials: int) -> Interval:
-    """Adds what is not known because only a few configurations were drawn."""
+def _widened(sum_: Interval, of_jobs: Sequence[float], sweep: Sweep) -> Interval:
+    """Adds what is not known because only a few configurations were looked at."""
     mean = sum(of_jobs) / len(of_jobs)
     variance = sum((one - mean) ** 2 for one in of_jobs) / max(1, len(of_jobs) - 1)
-    drawing = _STUDENT * math.sqrt(variance * (1 / len(of_jobs) + 1 / trials)) / mean
+    sign = -1 if sweep.candidates else 1
+    share = 1 / len(of_jobs) + sign / sweep.trials
+    drawing = _STUDENT * math.sqrt(variance * share) / mean
     below = math.hypot(math.log(sum_.mid / sum_.low), drawing)
     above = math.hypot(math.log(sum_.high / sum_.mid), drawing)
     return Interval(sum_.mid * math.exp(-below), sum_.mid, sum_.mid * math.exp(above))

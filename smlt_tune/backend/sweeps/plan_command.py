@@ -1,8 +1,8 @@
 """``smlt plan``: from what was asked for to what is shown."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,13 +11,18 @@ import numpy as np
 
 from smlt_tune.backend.goals import Cheapest, Fastest, Goal
 from smlt_tune.backend.planning import plan_job, resource_manager
+from smlt_tune.backend.platform_tables import platform_table
 from smlt_tune.backend.platforms import open_platform
-from smlt_tune.backend.platforms.base import Platform
+from smlt_tune.backend.platforms.base import Platform, PlatformLimits
 from smlt_tune.backend.resource_manager.manager import ResourceManager
+from smlt_tune.backend.resource_manager.observations import Option, Workload
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, check
-from smlt_tune.backend.sweeps import plan_plot, plan_text, plots, target
+from smlt_tune.backend.sweeps import plan_plot, plan_text, plots, staged_plan, target, words
 from smlt_tune.backend.sweeps.document import Mistake
-from smlt_tune.backend.sweeps.plan import mistakes_of, plan_sweep
+from smlt_tune.backend.sweeps.plan import SweepPlan, bounds_of, mistakes_of, plan_sweep
+from smlt_tune.backend.sweeps.simulate import simulate_sweep
+from smlt_tune.backend.sweeps.stage_allocations import StageAllocations, options_of_workloads
+from smlt_tune.backend.sweeps.staged_plan import goal_of, schedule_of
 from smlt_tune.backend.sweeps.sweep import Sweep, load
 from smlt_tune.errors import InvalidInput
 
@@ -48,6 +53,7 @@ class Request:
         out: Files to write.
         home: The user's folder, where calibrations are kept; None to look at none.
         dry_run_timeout: How long the function may take to the end of its first iteration, seconds.
+        simulate: Whether to run a sweep in virtual time too.
     """
 
     target: str
@@ -64,6 +70,7 @@ class Request:
     out: Sequence[Path]
     home: Path | None
     dry_run_timeout: float
+    simulate: bool
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,8 @@ def plan(request: Request, *, progress: Callable[[str], None]) -> Shown:
 
 def _function(request: Request) -> Shown:
     mistakes = _out_mistakes(request.out)
+    if request.simulate:
+        mistakes.append("--simulate is for a sweep file")
     train = _tried(mistakes, lambda: target.load(request.target, Path.cwd()))
     datasets = _datasets(request.data, mistakes)
     config = _tried(mistakes, lambda: _config(request.config))
@@ -143,6 +152,12 @@ def _sweep(request: Request, progress: Callable[[str], None]) -> Shown:
     with closing(sweep.open_platform()) as platform:
         mistakes += mistakes_of(sweep, platform.limits)
         policy = _tried(mistakes, lambda: _policy(platform, request))
+        if sweep.stages is not None:
+            mistakes += [
+                f"--out {path}: there are pictures of all sweeps but those in stages"
+                for path in request.out
+                if path.suffix in _PICTURES
+            ]
         if mistakes or policy is None:
             raise InvalidInput(mistakes)
         found = plan_sweep(
@@ -154,6 +169,16 @@ def _sweep(request: Request, progress: Callable[[str], None]) -> Shown:
             timeout_s=request.dry_run_timeout,
             progress=progress,
         )
+        simulated = _simulated(sweep, found, policy, platform, request) if request.simulate else []
+        limits = platform.limits
+    if sweep.stages is not None:
+        shown = _stages(request, sweep, found, policy, limits, goal)
+    else:
+        shown = _side_by_side(request, sweep, found)
+    return replace(shown, lines=[*shown.lines, *simulated])
+
+
+def _side_by_side(request: Request, sweep: Sweep, found: SweepPlan) -> Shown:
     limits = {"deadline_s": sweep.deadline_s, "budget_usd": sweep.budget_usd}
     title = f"{sweep.name}: {sweep.trials} trials"
     picture = plan_plot.of_sweep(found, title, **limits)
@@ -161,6 +186,50 @@ def _sweep(request: Request, progress: Callable[[str], None]) -> Shown:
     lines = plan_text.sweep_lines(sweep, found)
     tables = [plan_text.sample_table(found), plan_text.front_table(found)]
     return Shown(lines, tables, found.notes, request.out, found.feasible)
+
+
+def _simulated(
+    sweep: Sweep,
+    found: SweepPlan,
+    policy: ResourceManager,
+    platform: Platform,
+    request: Request,
+) -> list[str]:
+    """What came of it in virtual time, in words."""
+    start_s = platform_table(platform, home=request.home).start_s
+    try:
+        came = simulate_sweep(
+            sweep, found, policy=policy, limits=platform.limits, start_s=start_s, seed=sweep.seed
+        )
+    except InvalidInput as error:
+        return [f"not simulated: {mistake}" for mistake in error.mistakes]
+    cut = "".join(f", {count} {why}" for why, count in came.cut.items())
+    took = f"{words.seconds(came.time_s)} and {words.usd(came.cost_usd)}"
+    done = f"{came.finished} of {sweep.trials} trials finished{cut}"
+    return [f"simulated: {took}; {done}", *(f"simulated: {note}" for note in came.notes)]
+
+
+def _stages(
+    request: Request,
+    sweep: Sweep,
+    found: SweepPlan,
+    policy: ResourceManager,
+    limits: PlatformLimits,
+    goal: Goal,
+) -> Shown:
+    """As a sweep in stages plans itself when it starts."""
+    bounds = bounds_of(sweep, {})
+
+    def predict(workload: Workload) -> Sequence[Option]:
+        return policy.options(JobFacts("plan", limits, goal, bounds, workload=workload))
+
+    options = options_of_workloads(predict, [one.job.workload for one in found.typical])
+    planner = StageAllocations(options, goal_of(sweep) or goal)
+    plan = planner.plan(schedule_of(sweep), sweep.trials, limits.functions)
+    for path in request.out:
+        _write_json(path, staged_plan.to_json(sweep, plan))
+    tables = [plan_text.sample_table(found), staged_plan.table(sweep, plan)]
+    return Shown(staged_plan.lines(sweep, plan), tables, plan.notes, request.out, plan.feasible)
 
 
 def _policy(platform: Platform, request: Request) -> ResourceManager:
@@ -246,10 +315,21 @@ def _out_mistakes(files: Sequence[Path]) -> list[str]:
 
 def _write(files: Sequence[Path], picture: plan_plot.Picture, content: Mapping[str, Any]) -> None:
     for path in files:
-        try:
-            if path.suffix == ".json":
-                path.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-            else:
-                plan_plot.write(picture, path)
-        except OSError as error:
-            raise InvalidInput(f"--out {path}: cannot be written: {error.strerror}") from error
+        if path.suffix == ".json":
+            _write_json(path, content)
+            continue
+        with _told(path):
+            plan_plot.write(picture, path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with _told(path):
+        path.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InvalidInput(f"--out {path}: cannot be written: {error.strerror}") from error

@@ -141,7 +141,7 @@ def _facts(board: Board, fleet: "Fleet", rows: list[Row]) -> str:
         "bill": (words.usd(fleet.settled_usd), share),
         "reserved": (words.usd(fleet.reserved_usd), "at the end"),
         "time": (words.seconds(board.elapsed_s), f"{sweep.parallel} trials at once"),
-        "search": (f"{sweep.sampler.name}, {sweep.pruner.name}", f"seed {sweep.seed}"),
+        "search": (sweep.search, f"seed {sweep.seed}"),
         "code": (sweep.train_name, f"on {sweep.platform}"),
     }
     cells = (

@@ -19,7 +19,7 @@ Pruners are those of Optuna:
 - ``asha``: asynchronous successive halving. ``min_reports``, ``factor``, ``early_stopping_rate``.
 - ``hyperband``: several of these, from bold to cautious. ``min_reports``, ``max_reports``,
   ``factor``.
-- ``patient``: ends what was no better for ``patience`` reports. ``min_delta``.
+- ``patient``: ends what was worse for ``patience`` reports than before. ``min_delta``.
 - ``threshold``: ends what leaves ``lower`` to ``upper``. ``warmup``, ``interval``.
 - ``none``.
 

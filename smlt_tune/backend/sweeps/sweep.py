@@ -23,6 +23,8 @@ max_workers: 8
 memory_mb: 1769
 budget_usd: 0.5
 deadline: 8h
+project: measurements           # folder in which measurements are kept for later sweeps and plans
+project_budget_usd: 5           # for all sweeps of the project together
 platform: local                 # or {name: local, concurrency: 8}, with options of the platform
 show: [parameters]              # further reported values in the leaderboard
 ```
@@ -86,6 +88,8 @@ class Sweep:
         memory_mb: Per function, or None if the fleet decides.
         budget_usd: For everything, or None.
         deadline_s: For everything, seconds, or None.
+        project: Folder of what is shared with other sweeps, or None.
+        project_budget_usd: For all of them together, or None.
         platform: Where functions run.
         platform_options: What was set of it.
         show: Further reported values for the leaderboard.
@@ -112,6 +116,8 @@ class Sweep:
     memory_mb: int | None
     budget_usd: float | None
     deadline_s: float | None
+    project: Path | None
+    project_budget_usd: float | None
     platform: str
     platform_options: Mapping[str, Any]
     show: tuple[str, ...]
@@ -121,6 +127,11 @@ class Sweep:
     def maximize(self) -> bool:
         """Whether more is better."""
         return self.direction == "maximize"
+
+    @property
+    def search(self) -> str:
+        """How it searches, in two words."""
+        return f"{self.sampler.name}, {'stages' if self.stages else self.pruner.name}"
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -200,6 +211,8 @@ def load(path: str | Path, **given: Any) -> Sweep:
         memory_mb=top.take("memory_mb", convert.count, default=None),
         budget_usd=top.take("budget_usd", convert.positive, default=None),
         deadline_s=top.take("deadline", convert.duration, default=None),
+        project=top.take("project", lambda value: path.parent / convert.text(value), default=None),
+        project_budget_usd=top.take("project_budget_usd", convert.positive, default=None),
         platform=platform,
         platform_options=platform_options,
         show=top.take("show", convert.words, default=()),
@@ -241,20 +254,27 @@ def _contradictions(sweep: Sweep) -> Iterator[tuple[str, str]]:
         yield "candidates", "there is a space too: give one of them"
     if sweep.candidates and sweep.sampler.name != "candidates":
         yield "sampler", "candidates are trained as they are listed: there is nothing to sample"
+    if sweep.project_budget_usd is not None and sweep.project is None:
+        yield "project_budget_usd", "there is no project: the folder that keeps it"
     loose = without_points(sweep.space, sweep.sampler.options.get("points"))
     if sweep.sampler.name == "grid" and loose:
         names = ", ".join(loose)
         yield "sampler", f"a grid needs points: N, or a step of every float; without: {names}"
-    if sweep.stages is None:
-        return
+    if sweep.stages is not None:
+        yield from _stage_contradictions(sweep, sweep.stages)
+
+
+def _stage_contradictions(sweep: Sweep, stages: Stages) -> Iterator[tuple[str, str]]:
     if sweep.pruner.name != "none":
         yield "pruner", "stages end trials themselves: leave the pruner out"
     if sweep.sampler.name not in (*DRAWN, "candidates"):
         known = ", ".join(DRAWN)
         yield "sampler", f"stages start all trials before anything is known: choose one of {known}"
-    if sweep.trials < sweep.stages.fewest:
-        what = f"{sweep.stages.count} stages that keep one in {sweep.stages.factor}"
-        yield "stages", f"{what} need at least {sweep.stages.fewest} trials, not {sweep.trials}"
+    if isinstance(sweep.workers, WorkersFrom):
+        yield "workers", "in stages all trials have the same number: leave it out, or name one"
+    if sweep.trials < stages.fewest:
+        what = f"{stages.count} stages that keep one in {stages.factor}"
+        yield "stages", f"{what} need at least {stages.fewest} trials, not {sweep.trials}"
 
 
 def _name(value: Any) -> str:

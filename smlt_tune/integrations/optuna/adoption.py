@@ -4,6 +4,7 @@ Before a trial's job is submitted, the trial gets two user attributes: ``smlt_fl
 the fleet, and ``smlt_job``, the name of the job. They are the lease. A driver adopts a RUNNING
 trial only if it holds the very fleet named there: the name is unique, it lives in the fleet's
 folder, and the folder has one owner at a time, so a trial of another living driver is left alone.
+(A study that belongs to one fleet has ``smlt_fleet`` itself: all its trials are that fleet's.)
 Adopting means to run the objective on that very trial; parameters already suggested stay, and the
 name leads back to the job.
 """
@@ -59,10 +60,12 @@ def orphans(study: optuna.Study, fleet: "Fleet") -> list[int]:
     """Ids of the trials that a driver of this fleet left RUNNING when it died."""
     with _lock:
         followed = set(_followed)
+    of_all = study.user_attrs.get(FLEET)
     return [
         trial._trial_id
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if trial.user_attrs.get(FLEET) == fleet.name and trial.user_attrs.get(JOB) not in followed
+        if trial.user_attrs.get(FLEET, of_all) == fleet.name
+        and trial.user_attrs.get(JOB) not in followed
     ]
 
 

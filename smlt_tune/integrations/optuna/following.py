@@ -44,9 +44,10 @@ class Follower:
         drive: Drive,
         *,
         again: bool,
+        lockstep: bool,
     ) -> None:
         self._trial, self._job, self._metric, self._step = trial, job, metric, step
-        self._calls, self._drive = calls, drive
+        self._calls, self._drive, self._lockstep = calls, drive, lockstep
         self._first_step = calls.next_step
         study = getattr(trial, "study", None)
         self._single = study is None or len(study.directions) == 1
@@ -81,6 +82,8 @@ class Follower:
                     return f"pruned at report {report.index} with {self._metric} {value:g}"
             elif first:
                 raise checks.unknown_metric(self._metric, self._trial.number, report.metrics)
+            if self._lockstep:
+                self._job.acknowledge(report.index + 1)
             first = False
         return ""
 

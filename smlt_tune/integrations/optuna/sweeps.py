@@ -1,36 +1,39 @@
 """A sweep file as an Optuna study."""
 
-from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from smlt_tune.backend.sweeps.board import Board
-from smlt_tune.backend.sweeps.space import Categorical, FloatParameter
 from smlt_tune.backend.sweeps.sweep import Sweep
-from smlt_tune.errors import JobError
+from smlt_tune.errors import BudgetExhausted, JobError
+from smlt_tune.integrations.optuna.adoption import JOB
+from smlt_tune.integrations.optuna.journal import study_of
+from smlt_tune.integrations.optuna.samplers import suggest
 from smlt_tune.integrations.optuna.studies import optimize
 from smlt_tune.integrations.optuna.trials import run
 
 if TYPE_CHECKING:
     from smlt_tune.backend.fleet import Fleet
 
-#: How many configurations TPE draws at random before it models anything, unless the file says.
-TPE_STARTUP = 10
+#: Reports are counted from 1, so that ``min_reports: 1`` means the first one.
+_FIRST_STEP = 1
 
 
-def run_sweep(sweep: Sweep, fleet: "Fleet", board: Board) -> None:
-    """Runs the trials of a sweep.
+def run_sweep(sweep: Sweep, fleet: "Fleet", board: Board, journal: Path | None = None) -> None:
+    """Runs the trials of a sweep that are not over yet.
 
-    Configurations that are drawn at random are the same for the same seed. What TPE suggests after
-    them depends on the order in which trials end, which no seed fixes.
+    What a sampler that learns suggests depends on the order in which trials report, which no seed
+    fixes; everything else is the same for the same seed, however often the sweep was continued.
 
     Args:
         sweep: What to run.
-        fleet: Where.
-        board: Is told what happens.
+        fleet: Where; the one that an earlier client has left, if it is continued.
+        board: Is told what happens, and what has.
+        journal: Where the study is kept, to be continued by another process; None for nowhere.
 
     Raises:
         BudgetExhausted: The budget did not pay for a single report.
@@ -39,42 +42,50 @@ def run_sweep(sweep: Sweep, fleet: "Fleet", board: Board) -> None:
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:
+        study = study_of(sweep, fleet, journal)
+        left = sweep.trials - _restore(board, study)
+        if left < 1:
+            return
         optimize(
-            _study(sweep),
+            study,
             partial(_objective, sweep, fleet, board),
-            n_trials=sweep.trials,
+            n_trials=left,
             fleet=fleet,
             max_parallel=sweep.parallel,
             catch=(JobError,),
             callbacks=[partial(_tell, board)],
         )
+    except BudgetExhausted:
+        if not any(row.points for row in board.snapshot()):  # of an earlier client neither
+            raise
     finally:
         optuna.logging.set_verbosity(verbosity)
 
 
-def _study(sweep: Sweep) -> optuna.Study:
-    study = optuna.create_study(
-        study_name=sweep.name,
-        direction="maximize" if sweep.maximize else "minimize",
-        sampler=_sampler(sweep),
-        pruner=_pruner(sweep),
-    )
-    for params in _drawn_at_random(sweep):
-        study.enqueue_trial(params)
-    return study
+def _restore(board: Board, study: optuna.Study) -> int:
+    """Puts the trials that are over on the board. Returns how many."""
+    over = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    for trial in over:
+        params = _params(board.sweep, trial)
+        board.restore(trial.number, params, *_end(study, trial), trial.user_attrs.get(JOB, ""))
+    return len(over)
 
 
 def _objective(sweep: Sweep, fleet: "Fleet", board: Board, trial: optuna.Trial) -> float:
-    params = _suggest(sweep, trial)
+    suggest(trial, sweep.space)
+    params = _params(sweep, trial)
     board.begin(trial.number, params)
     try:
         outcome = run(
             trial, sweep.train, sweep.config_of(params), fleet=fleet, metric=sweep.metric,
             workers=sweep.workers_of(params), max_workers=sweep.max_workers,
-            memory_mb=sweep.memory_mb, seed=sweep.seed, watch=partial(board.watch, trial.number),
+            memory_mb=sweep.memory_mb, seed=sweep.seed, lockstep=True, first_step=_FIRST_STEP,
+            watch=partial(board.watch, trial.number),
         )  # fmt: skip
     except JobError as error:
-        board.end(trial.number, "failed", f"{type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {error}"
+        trial.set_user_attr("smlt_error", why)
+        board.end(trial.number, "failed", why)
         raise
     except KeyboardInterrupt:
         board.end(trial.number, "stopped", "interrupted", trial.user_attrs.get("smlt_seconds"))
@@ -84,76 +95,26 @@ def _objective(sweep: Sweep, fleet: "Fleet", board: Board, trial: optuna.Trial) 
     return float("nan") if value is None else value
 
 
+def _params(sweep: Sweep, trial: optuna.trial.BaseTrial | FrozenTrial) -> dict[str, Any]:
+    """What a trial differs in from others."""
+    return dict(sweep.candidates[trial.number] if sweep.candidates else trial.params)
+
+
 def _tell(board: Board, study: optuna.Study, trial: FrozenTrial) -> None:
     """The end of a trial that Optuna knows more about than its job does."""
     row = board.rows.get(trial.number)
-    if row is None or row.over:
-        return
-    why = trial.user_attrs.get("smlt_stopped", "")
-    state = "pruned" if why == "pruned" else "stopped"
-    if state == "pruned":
-        why = f"{study.pruner.__class__.__name__.removesuffix('Pruner').lower()}"
-        why = f"{why}, after {len(trial.intermediate_values)} reports"
-    board.end(trial.number, state, why, trial.user_attrs.get("smlt_seconds"))
+    if row is not None and not row.over:
+        board.end(trial.number, *_end(study, trial), trial.user_attrs.get("smlt_seconds"))
 
 
-def _suggest(sweep: Sweep, trial: optuna.Trial) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for one in sweep.space:
-        if isinstance(one, Categorical):
-            found[one.name] = trial.suggest_categorical(one.name, one.choices)
-        elif isinstance(one, FloatParameter):
-            found[one.name] = trial.suggest_float(
-                one.name, one.low, one.high, log=one.log, step=one.step
-            )
-        else:
-            found[one.name] = trial.suggest_int(
-                one.name, one.low, one.high, log=one.log, step=one.step
-            )
-    return found
-
-
-def _distributions(sweep: Sweep) -> dict[str, optuna.distributions.BaseDistribution]:
-    found: dict[str, optuna.distributions.BaseDistribution] = {}
-    for one in sweep.space:
-        if isinstance(one, Categorical):
-            found[one.name] = optuna.distributions.CategoricalDistribution(one.choices)
-        elif isinstance(one, FloatParameter):
-            found[one.name] = optuna.distributions.FloatDistribution(
-                one.low, one.high, log=one.log, step=one.step
-            )
-        else:
-            found[one.name] = optuna.distributions.IntDistribution(
-                one.low, one.high, log=one.log, step=one.step
-            )
-    return found
-
-
-def _drawn_at_random(sweep: Sweep) -> list[dict[str, Any]]:
-    """The configurations that no earlier trial influences."""
-    startup = sweep.sampler.options.get("startup", TPE_STARTUP)
-    amount = sweep.trials if sweep.sampler.name == "random" else min(sweep.trials, startup)
-    dice = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
-    space = _distributions(sweep)
-    return [dice.ask(space).params for _ in range(amount)]
-
-
-def _sampler(sweep: Sweep) -> optuna.samplers.BaseSampler:
-    if sweep.sampler.name == "random":
-        return optuna.samplers.RandomSampler(seed=sweep.seed)
-    startup = sweep.sampler.options.get("startup", TPE_STARTUP)
-    return optuna.samplers.TPESampler(n_startup_trials=startup, seed=sweep.seed)
-
-
-def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
-    options = sweep.pruner.options
-    makers: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-        "none": optuna.pruners.NopPruner,
-        "median": lambda: optuna.pruners.MedianPruner(
-            n_startup_trials=options.get("startup", 5), n_warmup_steps=options.get("warmup", 0)
-        ),
-        "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=options.get("min_reports", 1), reduction_factor=options.get("factor", 4)
-        ),
-    }
-    return makers[sweep.pruner.name]()
+def _end(study: optuna.Study, trial: FrozenTrial) -> tuple[str, str]:
+    """State and reason of a trial that is over, for its row."""
+    stopped = trial.user_attrs.get("smlt_stopped", "")
+    if trial.state == TrialState.COMPLETE:
+        return "finished", ""
+    if stopped == "pruned":
+        name = study.pruner.__class__.__name__.removesuffix("Pruner").lower()
+        return "pruned", f"{name}, after {len(trial.intermediate_values)} reports"
+    if "smlt_error" in trial.user_attrs:
+        return "failed", trial.user_attrs["smlt_error"]
+    return "stopped", stopped

@@ -34,6 +34,8 @@ def run(
     max_workers: int | None = None,
     seed: int = 0,
     step: str | None = None,
+    first_step: int = 0,
+    lockstep: bool = False,
     watch: "Callable[[Job, Report | None], None] | None" = None,
 ) -> "JobOutcome":
     """Trains one configuration for a trial, as one job of the fleet.
@@ -59,7 +61,10 @@ def run(
         max_workers: Most functions.
         seed: Of everything random in the job.
         step: Which reported whole number is the step (such as ``"epoch"``); by default, the
-            reports are counted from 0.
+            reports are counted from ``first_step``.
+        first_step: The step of the first report.
+        lockstep: The job goes on after a report only once the pruner has let it, so that a pruned
+            trial has trained and cost nothing beyond it.
         watch: Called with the job as soon as it is submitted, then with each report.
 
     Raises:
@@ -71,7 +76,7 @@ def run(
     """
     checks.refuse(checks.run_mistakes(trial, train, fleet, metric))
     checks.refuse_closed(fleet)
-    drive, calls = current_drive(), _CALLS.setdefault(trial, Calls())
+    drive, calls = current_drive(), _CALLS.setdefault(trial, Calls(next_step=first_step))
     if drive.ending:
         trial.set_user_attr("smlt_stopped", drive.ending)
     drive.admit()
@@ -81,10 +86,14 @@ def run(
     try:
         job = fleet.submit(
             train, config, goal=goal, workers=workers, memory_mb=memory_mb,
-            min_workers=min_workers, max_workers=max_workers, seed=seed, name=name,
+            min_workers=min_workers, max_workers=max_workers, seed=seed, lockstep=lockstep,
+            name=name,
         )  # fmt: skip
         with drive.following(job):
-            return Follower(trial, job, metric, step, calls, drive, again=again).follow(watch)
+            follower = Follower(
+                trial, job, metric, step, calls, drive, again=again, lockstep=lockstep
+            )
+            return follower.follow(watch)
     except BudgetExhausted:
         trial.set_user_attr("smlt_stopped", "budget")
         raise

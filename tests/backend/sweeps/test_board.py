@@ -17,13 +17,12 @@ SWEEP = SimpleNamespace(
     trials=3,
     parallel=1,
     seed=0,
-    space=(),
+    parameters=(),
     show=(),
     budget_usd=0.5,
     platform="local",
     train_name="code.py:train",
-    sampler=SimpleNamespace(name="tpe"),
-    pruner=SimpleNamespace(name="none"),
+    search="tpe, none",
 )
 
 
@@ -39,6 +38,7 @@ class Fleet:
 
 
 class Job:
+    job_id = "job"
     status, allocation, cost_usd = "running", SimpleNamespace(workers=3, memory_mb=512), 0.15
 
     def logs(self):

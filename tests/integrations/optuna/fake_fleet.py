@@ -114,6 +114,12 @@ class FakeJob:
             (self.allocation,), self.cost_usd, float(len(self.seen)), f"ckpt/{self.job_id}",
         )  # fmt: skip
 
+    def logs(self) -> dict[str, str]:
+        return {}
+
+    def acknowledge(self, count: int) -> None:
+        """Reports are told as they come."""
+
     def stop(self, reason: str = "stopped") -> None:
         with self.changed:
             if self.status == "running" and not self.reason:
@@ -127,6 +133,8 @@ class StopTraining(BaseException):
 
 class FakeFleet:
     """Training functions take ``(config, job)`` and report to the job."""
+
+    budget_usd: float | None = None
 
     def __init__(self, path: Path, budget_steps: int | None = None) -> None:
         path.mkdir(exist_ok=True)
@@ -158,3 +166,11 @@ class FakeFleet:
 
     def jobs(self):
         return list(self.by_name.values())
+
+    @property
+    def settled_usd(self) -> float:
+        return sum(job.cost_usd for job in self.jobs() if job.status != "running")
+
+    @property
+    def reserved_usd(self) -> float:
+        return STEP_USD * sum(job.status == "running" for job in self.jobs())
