@@ -53,7 +53,7 @@ class Controller:
         choices: Sequence[Choice],
         *,
         hidden: int = 64,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 5e-3,
         entropy_weight: float = 1e-3,
         baseline_decay: float = 0.9,
         seed: int = 0,

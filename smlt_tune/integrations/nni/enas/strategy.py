@@ -44,7 +44,7 @@ class SmltEnas(Strategy):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 5e-3,
         entropy_weight: float = 1e-3,
         baseline_decay: float = 0.9,
         hidden: int = 64,
