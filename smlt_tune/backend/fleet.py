@@ -426,8 +426,7 @@ class Fleet:
         job_id = self._free_name() if name is None else name
         mistakes = _submit_mistakes(train, job_id, seed, shards, lockstep)
         mistakes += _workload_mistakes(workload)
-        if not isinstance(target, Target | None):
-            mistakes.append(f"target must be a Target(metric, value), not {target!r}")
+        mistakes += _target_mistakes(target)
         donor = b""
         if start_from is not None:
             with _collected(mistakes, "start_from="):
@@ -989,6 +988,12 @@ def _workload_mistakes(workload: object) -> list[str]:
     if workload.iterations is not None:
         given["workload.iterations"] = workload.iterations
     return not_counts(given)
+
+
+def _target_mistakes(target: object) -> list[str]:
+    if target is None or isinstance(target, Target):
+        return []
+    return [f"target must be a Target(metric, value), not {target!r}"]
 
 
 def _submit_mistakes(

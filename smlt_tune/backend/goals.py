@@ -70,7 +70,7 @@ class Target:
 
     def __post_init__(self) -> None:
         mistakes = []
-        if not (isinstance(self.metric, str) and self.metric):
+        if not isinstance(self.metric, str) or not self.metric:
             mistakes.append(f"metric must be the name of a reported number, not {self.metric!r}")
         if not is_number(self.value):
             mistakes.append(f"value must be a finite number, not {self.value!r}")
@@ -90,8 +90,9 @@ class Target:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
 
 
 def goal_mistakes(goal: object) -> list[str]:

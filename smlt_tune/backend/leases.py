@@ -60,7 +60,7 @@ class Leases:
         free = max(0.0, available_usd - at_once)
         affordable_s = 0.99 * free / per_s if per_s else lease_s
         shortest_s = min(limit_s, _shortest_s(job))
-        useful_s = min(max(USEFUL_LEASE_S, shortest_s), affordable_s)
+        useful_s = min(max(USEFUL_LEASE_S, shortest_s, GROWTH * job.fruitless_s), affordable_s)
         lease_s = min(limit_s, max(LEASE_SHARE * affordable_s, useful_s))
         if lease_s < shortest_s:
             raise BudgetExhausted(
@@ -114,6 +114,9 @@ class Leases:
 
 
 def _shortest_s(job: Record) -> float:
-    """What a function of a job needs to start, to get one iteration done, and to hand over."""
+    """What a function of a job needs to start, to get one iteration done, and to hand over.
+
+    As long as no iteration was seen, all that is known is what was not enough.
+    """
     known_s = job.boot_s + job.step_s + TIME_LIMIT_MARGIN_S if job.boot_s else 0.0
-    return max(SHORTEST_LEASE_S, known_s, GROWTH * job.fruitless_s)
+    return max(SHORTEST_LEASE_S, known_s, 0.0 if job.step_s else GROWTH * job.fruitless_s)

@@ -1,10 +1,10 @@
 """Who goes on when money or time will not do for all jobs.
 
-As it runs short, no new jobs begin; then the worst by the fleet's metric, as last reported, are
-taken off their functions, at a checkpoint, so that the best can be finished. Nobody is judged
-before its first report. Whoever is held back has no function and no reservation. It goes on once
-there is enough again, because others came out cheaper than was expected. What is left at the end
-goes to the best of those that it cannot finish.
+As it runs short, no new jobs begin; then the worst by the fleet's metric are taken off their
+functions, at a checkpoint, so that the best can be finished. Two jobs are compared at the last
+report that both have; nobody is judged before its first. Whoever is held back has no function and
+no reservation. It goes on once there is enough again, because others came out cheaper than was
+expected. What is left at the end goes to the best of those that it cannot finish.
 
 What a job still needs follows from the iterations that it has left and from its pace. Of one that
 has not said anything yet it is what a typical job of the fleet takes.
@@ -12,6 +12,7 @@ has not said anything yet it is what a typical job of the fleet takes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cmp_to_key
 from statistics import fmean
 
 from smlt_tune.backend.generations import Record
@@ -23,6 +24,9 @@ BUDGET, DEADLINE, TARGET = "budget", "deadline", "target"
 #: Whoever is held back goes on if there is so much more than it needs, as a share of that: what is
 #: needed is an estimate, and a job that comes and goes pays for every start.
 SPARE = 0.1
+#: Nobody that has begun is held back for money before this share of it is spent: first reports say
+#: little. See benchmarks/bench_rationing.py.
+EXPLORED = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Claim:
 
     Attributes:
         job_id: Which.
-        value: Of the metric, as last reported; None before.
+        values: Of the metric, as reported.
         order: Of submission.
         begun: Whether it has, or had, functions.
         has_functions: Whether it has some now.
@@ -40,7 +44,7 @@ class Claim:
     """
 
     job_id: str
-    value: float | None
+    values: Sequence[float]
     order: int
     begun: bool
     has_functions: bool
@@ -49,7 +53,12 @@ class Claim:
 
 
 def held_back(
-    claims: Sequence[Claim], *, money_usd: float, time_s: float, maximize: bool
+    claims: Sequence[Claim],
+    *,
+    money_usd: float,
+    time_s: float,
+    maximize: bool,
+    explores: bool = False,
 ) -> dict[str, str]:
     """Who has to wait, and what for.
 
@@ -58,17 +67,18 @@ def held_back(
         money_usd: What they may still spend together, USD; infinite without a budget.
         time_s: What is left to the deadline, seconds; infinite without one.
         maximize: Whether larger values are better.
+        explores: It is too early to judge those that have begun by their values.
 
     Returns:
         :data:`BUDGET` or :data:`DEADLINE` by the names of the jobs.
     """
-    judged = (claim for claim in claims if claim.value is not None or not claim.begun)
-    ranked = sorted(judged, key=lambda claim: _rank(claim, maximize))
+    judged = (claim for claim in claims if claim.values or not claim.begun)
+    ranked = sorted(judged, key=cmp_to_key(lambda a, b: _compared(a, b, maximize)))
     held = _too_late(ranked, time_s)
     wanted = [claim for claim in ranked if claim.job_id not in held]
     for claim in wanted:
         need = (claim.usd or 0.0) * (1.0 if claim.has_functions else 1.0 + SPARE)
-        if need <= money_usd:
+        if need <= money_usd or (explores and claim.begun):
             money_usd -= need
         else:
             held[claim.job_id] = BUDGET
@@ -77,11 +87,13 @@ def held_back(
     return held
 
 
-def _rank(claim: Claim, maximize: bool) -> tuple[bool, float, int]:
-    """The best first, those that have not begun last, in the order of their submission."""
-    if claim.value is None:
-        return True, 0.0, claim.order
-    return False, -claim.value if maximize else claim.value, claim.order
+def _compared(a: Claim, b: Claim, maximize: bool) -> int:
+    """The better first; those that have reported nothing last, in the order of their submission."""
+    common = min(len(a.values), len(b.values))
+    if common and a.values[common - 1] != b.values[common - 1]:
+        larger = a.values[common - 1] > b.values[common - 1]
+        return -1 if larger == maximize else 1
+    return (not a.values) - (not b.values) or a.order - b.order
 
 
 def _too_late(claims: Sequence[Claim], time_s: float) -> dict[str, str]:
@@ -122,6 +134,7 @@ class Rationing:
         jobs: Sequence[Record],
         *,
         money_usd: float,
+        spent_usd: float,
         time_s: float,
         start_s: float,
         now: float,
@@ -131,6 +144,7 @@ class Rationing:
         Args:
             jobs: Those that want to go on.
             money_usd: What they may still spend together, USD.
+            spent_usd: What was spent, USD.
             time_s: What is left to the deadline, seconds.
             start_s: What functions take to start, seconds.
             now: On the clock's ``monotonic``.
@@ -148,6 +162,7 @@ class Rationing:
             money_usd=money_usd,
             time_s=time_s,
             maximize=self._maximize,
+            explores=spent_usd < EXPLORED * (spent_usd + money_usd),
         )
         self.short = bool(held)
         return held
@@ -169,7 +184,7 @@ class Rationing:
             need = max(0.0, usd - self._cost_usd(job.job_id)), seconds
         return Claim(
             job_id=job.job_id,
-            value=self._value(job),
+            values=self._values(job),
             order=job.order,
             begun=job.next_number > 0,
             has_functions=bool(job.generations),
@@ -177,9 +192,6 @@ class Rationing:
             seconds=need and need[1],
         )
 
-    def _value(self, job: Record) -> float | None:
-        for report in reversed(job.state.reports):
-            value = report.metrics.get(self._metric)
-            if is_number(value):
-                return float(value)
-        return None
+    def _values(self, job: Record) -> list[float]:
+        reported = (report.metrics.get(self._metric) for report in job.state.reports)
+        return [float(value) for value in reported if is_number(value)]

@@ -62,6 +62,7 @@ from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.aggregator import TTL_S
 from smlt_tune.runtime.checkpoint import KEEP_OF_REPORTS, Checkpoints
 from smlt_tune.runtime.clock import Clock
+from smlt_tune.runtime.session import TIME_LIMIT_MARGIN_S
 from smlt_tune.runtime.stores.base import ObjectStore, ParameterStore
 
 _LOG = logging.getLogger(__name__)
@@ -536,6 +537,9 @@ class TaskScheduler:
             job.step_s = max(job.step_s, event.slowest_s)
         generation.peak_mb = max(generation.peak_mb, event.peak_mb)
         job.position = max(job.position, event.position)
+        took_s = worker.sign_s - generation.invoked_s + job.step_s + TIME_LIMIT_MARGIN_S
+        if job.position > job.strike_position and took_s <= job.fruitless_s:
+            job.fruitless_s = 0.0  # that lease was long enough: something else has spoilt it
         job.peak_mb = max(job.peak_mb, event.peak_mb)
         if event.rank == 0:
             self._adaptation.progress(job, generation, event)
@@ -836,12 +840,11 @@ class TaskScheduler:
                 except Throttled:
                     generation.invoke_after_s = now + THROTTLE_PAUSE_S
                     break
-                except BudgetExhausted as error:
+                except BudgetExhausted:
                     if generation is job.following:
                         self._close(job, generation)  # the job goes on as it is
-                    else:
-                        job.plan = None
-                        self._without_money(job, error)
+                    else:  # nobody can go on without it: what the others hold may do for all
+                        self._roll_back(job, "a replacement cannot be paid for", strike=False)
                     return
                 except (PlatformError, InvalidInput) as error:
                     self._end(job, FAILED, error=JobError(str(error), job_id=job.job_id))
@@ -1083,7 +1086,8 @@ class TaskScheduler:
         ]
         held = self._rationing.held_back(
             jobs,
-            money_usd=self._money_usd(),
+            money_usd=self._ledger.available_usd + self._unused_usd(),
+            spent_usd=self._ledger.settled_usd + self._ledger.reserved_usd - self._unused_usd(),
             time_s=math.inf if deadline is None else deadline - now,
             start_s=self._ready_s,
             now=now,
@@ -1105,14 +1109,14 @@ class TaskScheduler:
         job.state.held_back = job.held_back = reason
         self._take_off(job)
 
-    def _money_usd(self) -> float:
-        """What jobs may still spend: free, or reserved for them and not used yet."""
+    def _unused_usd(self) -> float:
+        """What is reserved for jobs and not used yet, USD."""
         unused = 0.0
         for job_id in self._active:
             ledger = self._ledger
             unused += ledger.job_reserved_usd(job_id) + ledger.job_usd(job_id)
             unused -= self.cost_usd(job_id)
-        return self._ledger.available_usd + unused
+        return unused
 
     # --- the end of a job -----------------------------------------------------------------------
 

@@ -986,15 +986,15 @@ def test_those_who_are_throttled_hold_money_too(tmp_path):
 
 
 def test_no_money_for_a_replacement(tmp_path):
-    """Survivors must not wait for ever for one that never comes."""
+    """Survivors do not wait for one that never comes: what they had reserved does for all."""
     world = World(tmp_path, budget_usd=2 * 21 * WORST / 100)
     state = world.submit(workers=2)
     world.train(workers=2)
     lease = world.platform.calls[names(0, [0])[0]][0].timeout_s
     world.end(*names(0, [0]), "crashed", seconds=lease)
     calm(world)
-    assert world.over() == ["stopped"]
-    assert state.outcome.reason == "budget"
+    assert world.over() == ["finished"]
+    assert [a.reason for a in state.allocations] == ["first", "a replacement cannot be paid for"]
 
 
 def test_no_money_for_a_replacement_of_one_that_should_leave(tmp_path):
@@ -1008,7 +1008,7 @@ def test_no_money_for_a_replacement_of_one_that_should_leave(tmp_path):
     world.end(*names(0, [0]), "crashed", seconds=lease)
     world.after(0.1)
     assert world.key("open") is None
-    world.end_all(ending="cancelled")
+    world.end_all(ending="cancelled", seconds=lease)
     assert world.over() == ["stopped"]
     assert state.outcome.reason == "budget"
 
@@ -1071,6 +1071,22 @@ def test_a_lease_without_progress_is_followed_by_a_longer_one_or_none(tmp_path):
     assert leases == [pytest.approx(20.0), pytest.approx(40.0)]
     assert world.over() == ["stopped"]
     assert (state.error, state.outcome.reason) == (None, "budget")
+
+
+def test_a_lease_that_something_else_has_spoilt_is_not_held_against_the_job(tmp_path):
+    world = World(tmp_path, budget_usd=70 * WORST / 100)
+    world.submit()
+    (first,) = world.running()
+    world.end(first, "timed_out", seconds=20.0)  # it had hung before its first iteration
+    (second,) = world.running()
+    assert world.platform.calls[second][0].timeout_s == pytest.approx(40.0)
+    world.after(1)
+    world.ready(generation=1)
+    world.progress(generation=1, at=1)
+    world.hand_over(generation=1)
+    world.end(second, seconds=25.0)
+    (third,) = world.running()
+    assert world.platform.calls[third][0].timeout_s == pytest.approx(20.0)
 
 
 def test_a_program_that_cannot_tell_its_pace_gets_the_leases_there_are(tmp_path):
