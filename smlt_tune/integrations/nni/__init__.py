@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from smlt_tune.integrations.nni.engine import SmltExecutionEngine
     from smlt_tune.integrations.nni.experiment import SmltNasExperiment, install
     from smlt_tune.integrations.nni.hpo import SmltExperiment
+    from smlt_tune.integrations.nni.one_shot import search_one_shot
 
 _HOMES = {
     "SmltEngineConfig": "smlt_tune.integrations.nni.config",
@@ -27,6 +28,7 @@ _HOMES = {
     "SmltExperiment": "smlt_tune.integrations.nni.hpo",
     "SmltNasExperiment": "smlt_tune.integrations.nni.experiment",
     "install": "smlt_tune.integrations.nni.experiment",
+    "search_one_shot": "smlt_tune.integrations.nni.one_shot",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "SmltExperiment",
     "SmltNasExperiment",
     "install",
+    "search_one_shot",
 ]
 
 

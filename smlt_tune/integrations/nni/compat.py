@@ -106,6 +106,26 @@ def wait_for_manager() -> None:
     launcher._check_rest_server.__defaults__ = (MANAGER_START_S, None)
 
 
+def mend_one_shot() -> None:
+    """Has one-shot strategies know which batches are for weights and which for the architecture.
+
+    Fault: NNI expects Lightning to pass the number of the data set on together with each batch,
+    which Lightning does no longer since 2.1; NNI fails with "too many values to unpack". So every
+    batch comes with the name of its data set, as NNI expects of Lightning 1.
+    """
+    from nni.nas.oneshot.pytorch import _dataloader as loaders
+
+    class Named(loaders._Sequential):  # type: ignore[misc]
+        """Batches of data sets in turn: (batch, name), number, number of the data set."""
+
+        def __next__(self) -> Any:
+            batch, number, dataset = super().__next__()
+            return (batch, ("train", "val")[dataset]), number, dataset
+
+    mode = loaders._CombinationMode(fn=sum, iterator=Named)
+    loaders._SUPPORTED_MODES["_nni_concat"] = mode
+
+
 def adopt(strategy: Strategy, engine: "SmltExecutionEngine") -> None:
     """Gives a resumed strategy what its own state does not hold.
 
