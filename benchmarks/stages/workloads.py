@@ -107,52 +107,79 @@ STORES = {
 }
 
 
-def options_of(model, epochs):
-    """Every allocation that the model fits into, for a stage of some epochs."""
+def options_of(model, epochs, stores=STORES):
+    """Every allocation that the model fits into, for a stage of some epochs.
+
+    Args:
+        model: What is trained.
+        epochs: How many.
+        stores: To choose from, by name; one worker takes the first, as it needs none.
+    """
     places = [
         Allocation(n, m, store)
         for n in WORKERS
         for m in SIZES_MB
-        for store in STORES
-        if m >= model.least_mb and (n > 1 or store == "s3")
+        for store in stores
+        if m >= model.least_mb and (n > 1 or store == next(iter(stores)))
     ]
+    terms = _terms(model, epochs, places, stores)
+    iteration_s = _iteration_s(model, places, stores)
+    times, costs = terms.time_s(iteration_s), terms.cost_usd(iteration_s)
+    return [
+        Option(place, float(t), float(c)) for place, t, c in zip(places, times, costs, strict=True)
+    ]
+
+
+def epochs_s(model, places, stores=STORES):
+    """Time of training one epoch with each of some allocations, seconds."""
     n = np.array([float(one.workers) for one in places])
-    m = np.array([float(one.memory_mb) for one in places])
-    stores = [STORES[one.store] for one in places]
+    return np.ceil(model.samples / (n * model.batch)) * _iteration_s(model, places, stores)
+
+
+def load_s(model, workers):
+    """Until data and state are there, seconds."""
+    return (model.data_bytes / workers + 12 * model.parameters) / TABLE.bandwidth
+
+
+def _iteration_s(model, places, stores):
+    """Time of an iteration, seconds; one batch for each worker."""
+    n = np.array([float(one.workers) for one in places])
     same = np.ones(len(places))
+    at = [stores[one.store] for one in places]
     points = Points(
         workers=n,
-        memory_mb=m,
+        memory_mb=np.array([float(one.memory_mb) for one in places]),
         parameters=model.parameters * same,
         sync_bytes=4.0 * model.parameters * same,
         flops=model.flops * same,
         batch=model.batch * n,
-        latency_s=np.array([one.latency_s for one in stores]),
-        store_bandwidth=np.array([one.bandwidth for one in stores]),
+        latency_s=np.array([one.latency_s for one in at]),
+        store_bandwidth=np.array([one.bandwidth for one in at]),
     )
+    return np.exp(IterationTime(TABLE)(points, THETA_MEAN).ln_s)
+
+
+def _terms(model, epochs, places, stores):
+    n = np.array([float(one.workers) for one in places])
+    m = np.array([float(one.memory_mb) for one in places])
+    at = [stores[one.store] for one in places]
     gb_second = float(PRICES.gb_second_usd)
-    load_s = (model.data_bytes / n + 12 * model.parameters) / TABLE.bandwidth
-    terms = JobTerms(
+    return JobTerms(
         iterations=epochs * np.ceil(model.samples / (n * model.batch)),
         other_share=0.0,
         start_s=TABLE.start_s,
         hold_up_s=HOLD_UP_S,
-        before_s=TABLE.start_s + load_s,
-        before_usd=n * m / 1024 * gb_second * load_s,
-        starts=same,
+        before_s=TABLE.start_s + load_s(model, n),
+        before_usd=n * m / 1024 * gb_second * load_s(model, n),
+        starts=np.ones(len(places)),
         time_limit_s=TIME_LIMIT_S,
         workers=n,
         memory_mb=m,
         gb_second_usd=gb_second,
         request_usd=float(PRICES.request_usd),
-        store_usd_per_s=np.array([one.usd_per_hour / 3600 for one in stores]),
-        store_usd_per_request=np.array([one.usd_per_request for one in stores]),
+        store_usd_per_s=np.array([one.usd_per_hour / 3600 for one in at]),
+        store_usd_per_request=np.array([one.usd_per_request for one in at]),
     )
-    iteration_s = np.exp(IterationTime(TABLE)(points, THETA_MEAN).ln_s)
-    times, costs = terms.time_s(iteration_s), terms.cost_usd(iteration_s)
-    return [
-        Option(place, float(t), float(c)) for place, t, c in zip(places, times, costs, strict=True)
-    ]
 
 
 def front(options):

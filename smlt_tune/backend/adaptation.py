@@ -172,7 +172,7 @@ class Adaptation:
         """The job to look at now, and the occasion; None if there is none, or one was just now.
 
         Args:
-            jobs: All that are not over.
+            jobs: All that have functions.
             shares: Gives what gives the functions that a job may have.
         """
         now = self._clock.monotonic()

@@ -45,12 +45,6 @@ class FileFormat:
     unit: str
     synchronous: Literal["FULL", "NORMAL"] = "FULL"
 
-    def in_memory(self) -> sqlite3.Connection:
-        """A new one that vanishes with its connection."""
-        connection = _connect(":memory:")
-        connection.executescript(self._script)
-        return connection
-
     def open(self, path: Path) -> sqlite3.Connection:
         """A connection for writing, with a write-ahead log; the file is made if there is none.
 

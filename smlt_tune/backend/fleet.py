@@ -363,6 +363,7 @@ class Fleet:
         workload: Workload | None = None,
         target: Target | None = None,
         profiles: int = 0,
+        lease_s: float | None = None,
         shards: int = 0,
         seed: int = 0,
         lockstep: bool = False,
@@ -391,6 +392,9 @@ class Fleet:
             profiles: How many allocations the job tries first, for some iterations each, where that
                 tells most about all others. Without it the job begins with what is best by all
                 that is known. It trains meanwhile, and pays from the same budget.
+            lease_s: Longest time for which money is reserved for a function at once, seconds,
+                because the job is expected to be done (or paused) by then. If it is not, it hands
+                over to the next functions. None for the platform's time limit.
             shards: Shards per synchronisation (the paper's m); 0 chooses.
             seed: Everything random in the job derives from it.
             lockstep: ``session.report`` returns only after ``Job.acknowledge`` has said that the
@@ -421,6 +425,7 @@ class Fleet:
             max_memory_mb,
             store,
             profiles,
+            lease_s,
         )
         wanted = Cheapest() if goal is None else goal
         job_id = self._free_name() if name is None else name
@@ -808,21 +813,18 @@ class Fleet:
             resume=lambda i: self._queue.put(partial(self._scheduler.resume, i)),
         )
 
-    def _resize(
-        self, job_id: str, workers: int | None, memory_mb: int | None, store: str | None
-    ) -> None:
+    def _resize(self, job_id: str, bounds: Bounds) -> None:
         spec = self._states[job_id].spec
-        bounds = Bounds(workers, memory_mb, store=store)
         facts = JobFacts(
             job_id, self._platform.limits, spec.goal, bounds, stores=self._store_names()
         )
         mistakes = check(facts)
-        if workers is None and memory_mb is None and store is None:
-            mistakes.append("resize() needs workers=, memory_mb=, store=, or several of them")
+        if bounds == Bounds():
+            mistakes.append("resize() needs workers=, memory_mb=, store=, lease_s=, or several")
         if mistakes:
             raise InvalidInput(mistakes)
         self._check_open()
-        self._queue.put(partial(self._scheduler.resize, job_id, workers, memory_mb, store))
+        self._queue.put(partial(self._scheduler.resize, job_id, bounds))
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,10 @@ class History:
         self._lock = threading.Lock()
         self._where = "the history in memory"
         self._folder_lock = None
+        self._connection: sqlite3.Connection | None = None
+        self._rows: list[tuple[float, str, str, str]] | None = None
         if folder is None:
-            self._connection: sqlite3.Connection | None = _FORMAT.in_memory()
+            self._rows = []
             return
         path = Path(folder) / _FILE
         self._where = str(path)
@@ -129,7 +131,10 @@ class History:
             raise InvalidInput(f"a {kind} event cannot be written as JSON: {error}") from error
         with self._lock, _FORMAT.translated(self._where):
             row = (self._clock.wall(), kind, job, text)
-            self._opened().execute(_INSERT, (*row, row_crc32(*row)))
+            if self._rows is not None:
+                self._rows.append(row)
+            else:
+                self._opened().execute(_INSERT, (*row, row_crc32(*row)))
 
     def read(self) -> list[HistoryEvent]:
         """Every event, oldest first.
@@ -139,12 +144,17 @@ class History:
             ObjectDamaged: The history is damaged.
         """
         with self._lock, _FORMAT.translated(self._where):
+            if self._rows is not None:
+                return [
+                    HistoryEvent(seq, at, kind, job, json.loads(text))
+                    for seq, (at, kind, job, text) in enumerate(self._rows, 1)
+                ]
             return _events(self._opened())
 
     def close(self) -> None:
         """Frees the folder for the next client. Idempotent."""
         with self._lock:
-            connection, self._connection = self._connection, None
+            connection, self._connection, self._rows = self._connection, None, None
         if connection is not None:
             connection.close()
         if self._folder_lock is not None:

@@ -98,7 +98,7 @@ class DecisionRecord:
 
     def to_json(self) -> dict[str, Any]:
         """For the fleet's history."""
-        return asdict(self)
+        return {**vars(self), "allocation": vars(self.allocation)}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "DecisionRecord":
@@ -171,8 +171,13 @@ class JobSpec:
 
     def to_json(self) -> dict[str, Any]:
         """For the fleet's history."""
-        goal = {"kind": type(self.goal).__name__, **asdict(self.goal)}
-        return {**asdict(self), "goal": goal}
+        return {
+            **vars(self),
+            "bounds": vars(self.bounds),
+            "goal": {"kind": type(self.goal).__name__, **vars(self.goal)},
+            "workload": asdict(self.workload) if self.workload else None,
+            "target": vars(self.target) if self.target else None,
+        }
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "JobSpec":
@@ -246,7 +251,7 @@ class JobState:
         self.error: JobError | None = None
 
     def pin(self, asked: Mapping[str, Any]) -> None:
-        """Fixes parts of the allocation: ``workers``, ``memory_mb``, ``store``."""
+        """Fixes parts of the bounds: ``workers``, ``memory_mb``, ``store``, ``lease_s``."""
         self.spec = replace(self.spec, bounds=replace(self.spec.bounds, **asked))
 
     @property
@@ -309,7 +314,7 @@ class Job:
         state: JobState,
         *,
         stop: Callable[[str, str], None],
-        resize: Callable[[str, int | None, int | None, str | None], None],
+        resize: Callable[[str, Bounds], None],
         cost: Callable[[str], float],
         logs: Path,
         acknowledge: Callable[[str, int], None],
@@ -424,6 +429,7 @@ class Job:
         workers: int | None = None,
         memory_mb: int | None = None,
         store: str | None = None,
+        lease_s: float | None = None,
     ) -> None:
         """Moves the job to another allocation while it trains.
 
@@ -434,11 +440,14 @@ class Job:
             workers: New number of workers; None keeps it.
             memory_mb: New memory of a function, MB; None keeps it.
             store: New parameter store, by its name in the fleet; None keeps it.
+            lease_s: Longest time for which money is reserved for a function at once, seconds, from
+                the next function on; None keeps it.
 
         Raises:
             InvalidInput: The platform cannot do that.
         """
-        self._resize(self.job_id, workers, memory_mb, store)
+        bounds = Bounds(workers=workers, memory_mb=memory_mb, store=store, lease_s=lease_s)
+        self._resize(self.job_id, bounds)
 
     def pause(self) -> None:
         """Takes the job off its functions until :meth:`resume`; a queued job is held back.

@@ -50,16 +50,21 @@ class Leases:
         Raises:
             BudgetExhausted: There is not enough for a lease that is worth it.
         """
-        lease_s = limit_s = self._platform.limits.time_limit_s
+        limit_s = self._platform.limits.time_limit_s
         available_usd = self._ledger.available_usd
         if math.isinf(available_usd):
-            return lease_s
+            return limit_s
+        wanted_s, known_s = job.state.spec.bounds.lease_s, _shortest_s(job)
+        if wanted_s is not None:
+            limit_s = min(limit_s, max(wanted_s, known_s))
         at_once = self.worst_usd(allocation, 0.0) * allocation.workers
         hour = self.worst_usd(allocation, 3600.0) * allocation.workers
         per_s = (hour - at_once) / 3600.0
         free = max(0.0, available_usd - at_once)
-        affordable_s = 0.99 * free / per_s if per_s else lease_s
-        shortest_s = min(limit_s, _shortest_s(job))
+        affordable_s = 0.99 * free / per_s if per_s else limit_s
+        if wanted_s is not None and affordable_s >= limit_s:
+            return limit_s  # it is not meant to need more: nothing is kept from others
+        shortest_s = min(limit_s, known_s)
         useful_s = min(max(USEFUL_LEASE_S, shortest_s, GROWTH * job.fruitless_s), affordable_s)
         lease_s = min(limit_s, max(LEASE_SHARE * affordable_s, useful_s))
         if lease_s < shortest_s:

@@ -128,6 +128,7 @@ class SimulatedFleet:
         changes = platform.options.price_changes
         current = ChangingPrices.of(listed, changes, self._time) if changes else listed
         self._states: dict[str, JobState] = {}
+        self._handles: dict[str, Job] = {}
         self._unfinished: set[str] = set()
         self._paused: set[str] = set()
         self._asked = 0
@@ -219,6 +220,7 @@ class SimulatedFleet:
         min_memory_mb: int | None = None,
         max_memory_mb: int | None = None,
         store: str | None = None,
+        lease_s: float | None = None,
         workload: Workload | None = None,
         target: Target | None = None,
         seed: int = 0,
@@ -240,6 +242,7 @@ class SimulatedFleet:
             min_memory_mb: Smallest memory to choose, MB.
             max_memory_mb: Largest memory to choose, MB.
             store: There is ``default`` only.
+            lease_s: Longest time for which money is reserved for a function at once, seconds.
             workload: What the job will compute, if that is known.
             target: When it has trained long enough.
             seed: Recorded only: what is random in a simulation follows from the platform's seed.
@@ -255,7 +258,14 @@ class SimulatedFleet:
         self._check_open()
         job_id = name or f"job-{len(self._states):04d}"
         bounds = Bounds(
-            workers, memory_mb, min_workers, max_workers, min_memory_mb, max_memory_mb, store
+            workers,
+            memory_mb,
+            min_workers,
+            max_workers,
+            min_memory_mb,
+            max_memory_mb,
+            store,
+            lease_s=lease_s,
         )
         wanted = Cheapest() if goal is None else goal
         mistakes = check(JobFacts(job_id, self._platform.limits, wanted, bounds))
@@ -416,6 +426,12 @@ class SimulatedFleet:
             raise FleetClosed("the simulated fleet was closed; make another one")
 
     def _job(self, state: JobState) -> Job:
+        job = self._handles.get(state.spec.job_id)
+        if job is None:
+            job = self._handles[state.spec.job_id] = self._handle(state)
+        return job
+
+    def _handle(self, state: JobState) -> Job:
         scheduler = self._scheduler
         return Job(
             state,
@@ -428,15 +444,12 @@ class SimulatedFleet:
             resume=partial(self._ask, scheduler.resume),
         )
 
-    def _resize(
-        self, job_id: str, workers: int | None, memory_mb: int | None, store: str | None
-    ) -> None:
+    def _resize(self, job_id: str, bounds: Bounds) -> None:
         goal = self._states[job_id].spec.goal
-        bounds = Bounds(workers, memory_mb, store=store)
         mistakes = check(JobFacts(job_id, self._platform.limits, goal, bounds))
         if mistakes:
             raise InvalidInput(mistakes)
-        self._ask(self._scheduler.resize, job_id, workers, memory_mb, store)
+        self._ask(self._scheduler.resize, job_id, bounds)
 
 
 class _Happening(threading.Condition):

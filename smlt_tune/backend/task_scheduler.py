@@ -45,7 +45,7 @@ from smlt_tune.backend.resource_manager.observations import (
     Profile,
 )
 from smlt_tune.backend.resource_manager.physics import worker_bytes
-from smlt_tune.backend.resource_manager.policy import AllocationPolicy, JobFacts
+from smlt_tune.backend.resource_manager.policy import AllocationPolicy, Bounds, JobFacts
 from smlt_tune.errors import (
     BudgetExhausted,
     FunctionLost,
@@ -226,20 +226,26 @@ class TaskScheduler:
         if job is not None and not job.ending:
             self._end(job, STOPPED, reason=reason)
 
-    def resize(
-        self, job_id: str, workers: int | None, memory_mb: int | None, store: str | None = None
-    ) -> None:
-        """Moves a job to another allocation: as soon as it trains, or when it begins to."""
+    def resize(self, job_id: str, bounds: Bounds) -> None:
+        """Moves a job to another allocation: as soon as it trains, or when it begins to.
+
+        Args:
+            job_id: Its name.
+            bounds: What is given of them replaces what the job had.
+        """
         job = self._active.get(job_id)
         if job is None or job.ending:
             return
         base = job.heading_for
         assert base is not None  # it has a plan at least
-        asked: dict[str, Any] = {"workers": workers, "memory_mb": memory_mb, "store": store}
-        asked = {name: value for name, value in asked.items() if value is not None}
-        wanted = replace(base, **asked)
+        names = ("workers", "memory_mb", "store", "lease_s")
+        asked = {name: value for name in names if (value := getattr(bounds, name)) is not None}
         self._record("resize", job_id, asked)
         job.state.pin(asked)
+        asked.pop("lease_s", None)  # holds from the next function on
+        wanted = replace(base, **asked)
+        if wanted == base:
+            return
         if job.plan and job.current is None:
             self._wait(job, replace(job.plan, allocation=wanted))
             self._admit()
@@ -309,8 +315,8 @@ class TaskScheduler:
         if job is not None:
             now = self._clock.monotonic()
             for _, call in list(job.calls()):
-                if call.alive_s is not None:
-                    elapsed = min(now - call.alive_s, call.timeout_s)
+                if call.alive_s is not None:  # then its start is billed, too
+                    elapsed = min(now - call.started_s, call.timeout_s)
                     running += self._prices.invocation_usd(call.memory_mb, elapsed)
         return self._ledger.job_usd(job_id) + running
 
@@ -977,7 +983,7 @@ class TaskScheduler:
 
     def _review(self) -> None:
         """Looks at one job's allocation again, if there is an occasion."""
-        found = self._adaptation.next_review(self._active, self._shares)
+        found = self._adaptation.next_review(self._placed, self._shares)
         if found is not None:
             job, occasion = found
             job.resize_to = self._adaptation.review(job, self._facts(job), occasion)

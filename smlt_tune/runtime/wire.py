@@ -6,7 +6,8 @@ of another release says so instead of guessing. Nothing here is executable.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
 
 from smlt_tune.errors import InvalidInput
@@ -32,7 +33,7 @@ class Message:
 
     def encode(self) -> bytes:
         """As JSON."""
-        return json.dumps({"v": VERSION, "kind": self.kind, **asdict(self)}).encode()
+        return json.dumps({"v": VERSION, "kind": self.kind, **vars(self)}).encode()
 
     @classmethod
     def decode(cls, data: Buffer) -> Self:
@@ -61,12 +62,18 @@ def _decode(data: bytes) -> Message:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise InvalidInput(f"unknown kind of message {kind!r}")
     cls = _KINDS[kind]
-    known = {f.name for f in fields(cls)}
-    if set(raw) != known:
+    known = _names(cls)
+    if raw.keys() != known:
         raise InvalidInput(
             f"{kind}: missing {sorted(known - set(raw))}, unknown {sorted(set(raw) - known)}"
         )
     return cls(**raw)
+
+
+@cache
+def _names(cls: type[Message]) -> frozenset[str]:
+    """Of a message's fields."""
+    return frozenset(f.name for f in fields(cls))
 
 
 @dataclass(frozen=True)

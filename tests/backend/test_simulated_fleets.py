@@ -197,6 +197,27 @@ def test_a_sweep_never_costs_more_than_its_budget_and_uses_it(first):
             assert unused_usd <= max(0.05 * budget_usd, min(useful)), who
 
 
+@pytest.mark.parametrize(("lease_s", "enough"), [(None, False), (80.0, True)])
+def test_what_a_job_does_not_need_is_not_kept_from_the_others(lease_s, enough):
+    """Eight jobs of 60 s, of which the first could reserve a quarter of what there is."""
+    with fleet_on(SimulatedPlatform(), budget_usd=0.015) as fleet:
+        for _ in range(8):
+            config = {"epochs": 1, "iterations": 30}
+            fleet.submit(describe, config, workers=1, memory_mb=1024, lease_s=lease_s)
+        fleet.run_until_idle()
+        assert {job.status for job in fleet.jobs()} == {"finished"}
+        hand_overs = sum(len(job.allocations) - 1 for job in fleet.jobs())
+        assert (hand_overs == 0) == enough
+
+
+def test_a_job_that_needs_more_than_was_reserved_hands_over():
+    with fleet_on(SimulatedPlatform(), budget_usd=0.03) as fleet:
+        config = {"epochs": 1, "iterations": 100}
+        job = fleet.submit(describe, config, workers=1, memory_mb=1024, lease_s=50.0)
+        assert job.result().status == "finished"
+        assert [a.reason for a in job.allocations] == ["first", *["time limit"] * 4]
+
+
 # --- nothing is different -------------------------------------------------------------------------
 
 UNRELIABLE = SimulationOptions(

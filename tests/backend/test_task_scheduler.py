@@ -89,7 +89,7 @@ def test_first_come_first_served_and_never_above_the_limit(world):
 def test_a_plan_that_changes_keeps_its_turn(world):
     for name, workers in {"a": 8, "b": 8, "c": 1, "d": 1}.items():
         world.submit(name, workers)
-    world.scheduler.resize("b", 2, None)
+    world.scheduler.resize("b", Bounds(2, None))
     world.scheduler.pause("c")
     world.scheduler.resume("c")  # waits anew, and behind d only if time has passed
     world.train("a", 8)
@@ -184,7 +184,7 @@ def test_hand_over_at_the_time_limit_with_room_for_both(world):
 def test_hand_over_without_room_for_both(world):
     state = world.submit(workers=5)
     world.train(workers=5)
-    world.scheduler.resize("a", 6, None)
+    world.scheduler.resize("a", Bounds(6, None))
     assert not world.running("a", 1)
     assert world.key("leave") is not None
     key = world.hand_over(ranks=range(5))
@@ -248,7 +248,7 @@ def test_nobody_is_invoked_for_a_generation_that_has_left(world):
 def test_resize_while_queued_starts_with_the_new_size(world):
     world.submit("b", 8)
     state = world.submit("a", 2)
-    world.scheduler.resize("a", 3, 2048)
+    world.scheduler.resize("a", Bounds(3, 2048))
     world.scheduler.stop("b", "enough")
     world.end_all("b", ending="cancelled")
     assert world.running() == names(0, [0, 1, 2])
@@ -257,7 +257,7 @@ def test_resize_while_queued_starts_with_the_new_size(world):
 
 def test_resize_while_starting(world):
     state = world.submit("a", 1)
-    world.scheduler.resize("a", 2, None)
+    world.scheduler.resize("a", Bounds(2, None))
     assert not world.running("a", 1)
     world.train()
     world.after(0.1)
@@ -268,9 +268,9 @@ def test_resize_while_starting(world):
 def test_resize_while_handing_over_and_twice_in_a_row_adds_up(world):
     state = world.submit("a", 1)
     world.train()
-    world.scheduler.resize("a", 2, None)
-    world.scheduler.resize("a", 3, None)
-    world.scheduler.resize("a", None, 2048)
+    world.scheduler.resize("a", Bounds(2, None))
+    world.scheduler.resize("a", Bounds(3, None))
+    world.scheduler.resize("a", Bounds(None, 2048))
     world.ready(generation=1, ranks=[0, 1])
     world.hand_over()
     world.end_all("a", 0)
@@ -287,7 +287,7 @@ def test_resize_while_handing_over_and_twice_in_a_row_adds_up(world):
 def test_a_resize_under_way_is_not_lost_with_all_workers(world):
     state = world.submit("a", 1)
     world.train()
-    world.scheduler.resize("a", 3, None)
+    world.scheduler.resize("a", Bounds(3, None))
     assert world.running("a", 1)
     world.end(*names(0, [0]), "crashed")  # nobody is left to hand over
     world.end_all("a", 1, "cancelled")
@@ -299,9 +299,9 @@ def test_resize_after_the_end_does_nothing(world):
     world.submit()
     world.train()
     world.finished()
-    world.scheduler.resize("a", 4, None)
+    world.scheduler.resize("a", Bounds(4, None))
     world.end_all()
-    world.scheduler.resize("a", 4, None)
+    world.scheduler.resize("a", Bounds(4, None))
     assert world.over() == ["finished"]
 
 
@@ -399,7 +399,7 @@ def test_a_worker_that_has_returned_without_a_word_is_replaced(world):
 def test_the_waiting_next_generation_mends_itself(world):
     world.submit()
     world.train()
-    world.scheduler.resize("a", 2, None)
+    world.scheduler.resize("a", Bounds(2, None))
     world.ready(generation=1, ranks=[0, 1])
     world.end(*names(1, [0]), "crashed")
     assert names(1, [0], 1)[0] in world.running()
@@ -489,7 +489,7 @@ def test_repeats_and_late_words_are_harmless(world):
 def test_late_reports_belong_to_those_who_made_them(world):
     state = world.submit(workers=1)
     world.train()
-    world.scheduler.resize("a", 2, None)
+    world.scheduler.resize("a", Bounds(2, None))
     world.ready(generation=1, ranks=[0, 1])
     world.hand_over()
     world.say(wire.Reported, "a", 0, 0, index=0, metrics={"loss": 1})
@@ -529,7 +529,7 @@ def test_out_of_memory_with_a_pin_fails(world):
 def test_out_of_memory_while_more_is_on_its_way(world):
     world.submit(workers=1)
     world.train()
-    world.scheduler.resize("a", None, 2048)
+    world.scheduler.resize("a", Bounds(None, 2048))
     world.end(*names(0, [0]), "out_of_memory")
     world.end_all("a", 1, "cancelled")
     assert world.platform.calls[names(2, [0])[0]][0].memory_mb == 2048
@@ -643,7 +643,7 @@ def _throttled(world):
 
 def _handing_over(world):
     _training(world)
-    world.scheduler.resize("a", 3, None)
+    world.scheduler.resize("a", Bounds(3, None))
     world.ready(generation=1, ranks=[0, 1, 2])
 
 
@@ -654,7 +654,7 @@ def _handed_over(world):
 
 def _no_room(world):
     _training(world)
-    world.scheduler.resize("a", 7, None)
+    world.scheduler.resize("a", Bounds(7, None))
     world.hand_over(ranks=[0, 1])
 
 
@@ -1002,7 +1002,7 @@ def test_no_money_for_a_replacement_of_one_that_should_leave(tmp_path):
     world = World(tmp_path, budget_usd=5 * 20.4 * WORST / 100)
     state = world.submit(workers=5)
     world.train(workers=5)
-    world.scheduler.resize("a", 4, None)
+    world.scheduler.resize("a", Bounds(4, None))
     assert world.key("leave") is not None
     lease = world.platform.calls[names(0, [0])[0]][0].timeout_s
     world.end(*names(0, [0]), "crashed", seconds=lease)
@@ -1018,7 +1018,7 @@ def test_no_money_for_a_replacement_in_the_next_generation(tmp_path):
     world = World(tmp_path, budget_usd=2 * 21 * WORST / 100)
     state = world.submit()
     world.train()
-    world.scheduler.resize("a", None, 1025)
+    world.scheduler.resize("a", Bounds(None, 1025))
     lease = world.platform.calls[names(1, [0])[0]][0].timeout_s
     world.end(*names(1, [0]), "crashed", seconds=lease)
     world.after(0.1)
@@ -1114,7 +1114,7 @@ def test_a_resize_is_kept_when_money_comes_back_only_with_the_old_functions(tmp_
     world = World(tmp_path, budget_usd=5 * 25 * WORST / 100)
     state = world.submit(workers=5)
     world.train(workers=5)
-    world.scheduler.resize("a", 4, None)
+    world.scheduler.resize("a", Bounds(4, None))
     assert world.key("leave") is not None
     world.after(1)
     world.hand_over(ranks=range(5))
@@ -1363,7 +1363,7 @@ class Simulation:
                     self.end(worker, "crashed")
         elif what < 0.25:
             job = chance.choice(list(world.states))
-            world.scheduler.resize(job, chance.randint(1, 4), None)
+            world.scheduler.resize(job, Bounds(chance.randint(1, 4), None))
         elif what < 0.26:
             world.scheduler.stop(chance.choice(list(world.states)), "chance")
         elif what < 0.28:

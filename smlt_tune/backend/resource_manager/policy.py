@@ -1,11 +1,12 @@
 """How large a job's generations are: what a policy knows, what it says, and the simplest one."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from smlt_tune.backend.goals import Cheapest, Goal, goal_mistakes
-from smlt_tune.backend.platforms.base import MB_PER_VCPU, PlatformLimits
+from smlt_tune.backend.platforms.base import MB_PER_VCPU, PlatformLimits, is_positive
 from smlt_tune.backend.resource_manager.observations import (
     DEFAULT_STORE,
     Allocation,
@@ -33,6 +34,8 @@ class Bounds:
         max_memory_mb: Largest memory to choose, MB; None for what the platform offers.
         store: Pinned parameter store, by its name in the fleet, or None to have it chosen.
         profiles: How many allocations to try first, where that tells most.
+        lease_s: Longest time for which money is reserved for a function at once, seconds, because
+            the job is expected to be done by then; None for the platform's time limit.
     """
 
     workers: int | None = None
@@ -43,6 +46,7 @@ class Bounds:
     max_memory_mb: int | None = None
     store: str | None = None
     profiles: int = 0
+    lease_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,9 @@ def check(facts: JobFacts) -> list[str]:
     mistakes = mistakes or (
         _check_workers(bounds, facts.limits) + _check_memory(bounds, facts.limits)
     )
+    lease_s = bounds.lease_s
+    if lease_s is not None and not (is_positive(lease_s) and math.isfinite(lease_s)):
+        mistakes.append(f"lease_s must be a number of seconds above 0, or None, not {lease_s!r}")
     return goal_mistakes(facts.goal) + mistakes + _check_store(facts)
 
 

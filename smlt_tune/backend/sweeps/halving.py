@@ -18,9 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from smlt_tune.backend.changes import Change, Changes
 from smlt_tune.backend.job import FAILED, FINISHED, PAUSED, STOPPED, Job
-from smlt_tune.backend.resource_manager.observations import Allocation
 from smlt_tune.backend.sweeps.halving_rules import Schedule, Situation, Trial, situation
-from smlt_tune.backend.sweeps.stage_allocations import StageAllocations, StageRun, stage_run
+from smlt_tune.backend.sweeps.stage_allocations import (
+    StageAllocations,
+    StageRun,
+    lease_of,
+    stage_run,
+)
 from smlt_tune.backend.sweeps.stage_planner import StagePlan
 from smlt_tune.errors import InvalidInput
 
@@ -33,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 #: What a caller may not set of the jobs, because it follows from the method ...
 _OWN = ("lockstep", "name", "start_from")
 #: ... and from the plan.
-_PLANNED = ("workers", "memory_mb", "store", "goal")
+_PLANNED = ("workers", "memory_mb", "store", "lease_s", "goal")
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def run_halving(
     with fleet.changes() as changes:
         run = _Run(fleet, schedule, allocations, len(configs), on_change, on_stage)
         return run.to_its_end(
-            changes, lambda i, place: _submit(fleet, train, configs, i, place, options)
+            changes, lambda i, pins: _submit(fleet, train, configs, i, {**options, **pins})
         )
 
 
@@ -121,11 +125,9 @@ def _submit(
     train: Callable[[Any], Any],
     configs: Sequence[Any],
     trial: int,
-    place: Allocation | None,
     options: dict[str, Any],
 ) -> Job:
-    given = dict(options) if place is None else {**options, **vars(place)}
-    return fleet.submit(train, configs[trial], lockstep=True, name=_name(trial), **given)
+    return fleet.submit(train, configs[trial], lockstep=True, name=_name(trial), **options)
 
 
 def _name(trial: int) -> str:
@@ -144,6 +146,7 @@ class _Run:
         on_change: Callable[[int, Change], None],
         on_stage: Callable[[StageBegins], None],
     ) -> None:
+        self._fleet = fleet
         self._functions = fleet.platform.limits.functions
         self._schedule = schedule
         self._allocations = allocations
@@ -152,26 +155,26 @@ class _Run:
         self._numbers = {_name(i): i for i in range(trials)}
         known = {job.job_id: job for job in fleet.jobs()}
         self._jobs: list[Job | None] = [known.get(name) for name in self._numbers]
-        self._notes: list[str] = []
+        self._notes: tuple[str, ...] = ()
         self._runs: list[StageRun] = []
 
     def to_its_end(
-        self, changes: Changes, submit: Callable[[int, Allocation | None], Job]
+        self, changes: Changes, submit: Callable[[int, dict[str, Any]], Job]
     ) -> HalvingResult:
         """All stages, from wherever the jobs are."""
         now = self._situation()
         while True:
             self._end_those_that_lost(now)
-            self._runs = [self._run_of(now, stage) for stage in range(now.stage)]
+            self._runs += [self._run_of(now, i) for i in range(len(self._runs), now.stage)]
             if now.over:
                 break
-            place = self._begin(now)
+            pins = self._begin(now)
             for i in now.entered[-1]:
                 job = self._jobs[i]
                 if job is None:
-                    job = self._jobs[i] = submit(i, place)
-                elif i in now.to_come and place is not None and _last_place(job) != place:
-                    job.resize(**vars(place))
+                    job = self._jobs[i] = submit(i, pins)
+                elif i in now.to_come and pins:
+                    job.resize(**pins)
                 self._let_go_on(now, i, job)
             if not self._wait(changes, now):
                 break  # the fleet was closed
@@ -180,8 +183,8 @@ class _Run:
 
     # --- a stage ----------------------------------------------------------------------------------
 
-    def _begin(self, now: Situation) -> Allocation | None:
-        """Plans a stage and says so; what its trials are to run on."""
+    def _begin(self, now: Situation) -> dict[str, Any]:
+        """Plans a stage and says so; what is pinned of its trials."""
         plan = None
         if self._allocations is not None:
             begun = self._run_of(now, now.stage) if all(self._jobs) else None
@@ -190,9 +193,12 @@ class _Run:
             )
             if not plan.feasible and all(job is None for job in self._jobs):
                 raise InvalidInput(plan.notes)
-            self._notes += plan.notes
+            self._notes = plan.notes
         self._on_stage(StageBegins(now.stage, now.entered[-1], plan))
-        return plan.stages[0].option.allocation if plan else None
+        if plan is None:
+            return {}
+        lease_s = lease_of(plan.stages[0], self._functions, self._fleet.ledger.available_usd)
+        return {**vars(plan.stages[0].option.allocation), "lease_s": lease_s}
 
     def _let_go_on(self, now: Situation, trial: int, job: Job) -> None:
         """As far as the end of the stage; who is there already rests."""
@@ -269,7 +275,7 @@ class _Run:
 
     def _result(self, now: Situation) -> HalvingResult:
         jobs = tuple(job for job in self._jobs if job is not None)
-        runs = [self._run_of(now, stage) for stage in range(now.stage + 1)]
+        runs = (*self._runs, self._run_of(now, now.stage))
         lost: Counter[str] = Counter()
         for job in jobs:
             if job.status == FAILED:
@@ -279,17 +285,7 @@ class _Run:
         notes = [f"{count} of {len(jobs)} trials {what}" for what, count in sorted(lost.items())]
         best = None if now.best is None else jobs[now.best]
         complete = best is not None and len(best.reported) >= self._schedule.rungs[-1]
-        return HalvingResult(
-            now.best, complete, jobs, tuple(runs), (*dict.fromkeys(self._notes), *notes)
-        )
-
-
-def _last_place(job: Job) -> Allocation | None:
-    """What a job runs on, or ran on last."""
-    if not job.allocations:
-        return None
-    last = job.allocations[-1]
-    return Allocation(last.workers, last.memory_mb, last.store)
+        return HalvingResult(now.best, complete, jobs, runs, (*self._notes, *notes))
 
 
 def _number(value: object) -> float:

@@ -46,9 +46,9 @@ class Schedule:
             mistakes.append("there are no rungs: give the report at which each stage ends")
         elif not mistakes and list(self.rungs) != sorted(set(self.rungs)):
             mistakes.append(f"rungs must ascend, not {self.rungs}")
-        if not isinstance(self.factor, int) or self.factor < 2:
+        if not_counts({"factor": self.factor}) or self.factor < 2:
             mistakes.append(f"factor must be a whole number of at least 2, not {self.factor!r}")
-        if not isinstance(self.metric, str) or not self.metric:
+        if not self.metric:
             mistakes.append(f"metric must be the name of a reported number, not {self.metric!r}")
         if not mistakes and self.reports is not None and not self.reports >= self.rungs[-1]:
             mistakes.append(f"reports={self.reports!r} are fewer than the last rung needs")
@@ -67,7 +67,7 @@ class Schedule:
 
     def trials(self, stage: int, of: int) -> int:
         """How many trials a stage has room for, of all that began; at least one."""
-        return max(1, of // self.factor**stage)
+        return max(1, of // int(self.factor**stage))
 
 
 def geometric(first: int, factor: int, count: int) -> tuple[int, ...]:

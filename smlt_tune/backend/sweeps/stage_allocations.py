@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
-from smlt_tune.backend.goals import Goal
+from smlt_tune.backend.goals import Cheapest, Fastest, Goal
 from smlt_tune.backend.job import Job
 from smlt_tune.backend.resource_manager.observations import Allocation, Option, Workload
 from smlt_tune.backend.sweeps.halving_rules import Schedule
@@ -36,6 +36,14 @@ from smlt_tune.errors import InvalidInput
 
 #: From the last report of a stage until the next one begins, seconds.
 BETWEEN_S = 1.0
+#: Share of the goal's limit that plans leave alone: predictions err, and there is nobody after the
+#: last stage who could make up for it.
+RESERVE = 0.03
+#: Money for a function is reserved for so many times as long as it is expected to run, as far as
+#: there is enough for all that run at once, ...
+LEASE, SHORT_LEASE = 1.5, 1.1
+#: ... and for a hand-over, seconds.
+HAND_OVER_S = 15.0
 
 #: Gives what a trial would take with each allocation for a share of its training.
 OptionsOf = Callable[[float], Sequence[Option]]
@@ -152,6 +160,31 @@ def _makespan(times: Iterable[float], places: int) -> float:
     return max(ends, default=0.0)
 
 
+def lease_of(stage: PlannedStage, functions: int, available_usd: float) -> float:
+    """For how long money is reserved for each function of a stage, seconds.
+
+    With the platform's time limit for everybody, a stage would wait for money that it does not
+    need.
+
+    Args:
+        stage: As planned.
+        functions: How many may run at once.
+        available_usd: What may still be reserved, USD.
+    """
+    expected_s = stage.slower * stage.option.time_s
+    at_once = min(stage.trials, functions // stage.option.allocation.workers)
+    needed_usd = at_once * stage.dearer * stage.option.cost_usd
+    enough = available_usd / needed_usd if needed_usd else LEASE
+    return min(LEASE, max(SHORT_LEASE, enough)) * expected_s + HAND_OVER_S
+
+
+def _less(goal: Goal, share: float) -> Goal:
+    """The goal with a limit that is less by a share."""
+    if isinstance(goal, Fastest):
+        return Fastest(goal.budget_usd and (1.0 - share) * goal.budget_usd)
+    return Cheapest(goal.deadline_s and (1.0 - share) * goal.deadline_s)
+
+
 class StageAllocations:
     """Plans the stages of one run of successive halving.
 
@@ -201,7 +234,11 @@ class StageAllocations:
             self._result(run, known[share], functions)
             for run, share in zip(over, shares, strict=False)
         ]
-        return replan(left, self._goal, results, functions=functions, between_s=self._between_s)
+        for goal in (_less(self._goal, RESERVE), self._goal):
+            plan = replan(left, goal, results, functions=functions, between_s=self._between_s)
+            if plan.feasible:
+                break
+        return plan
 
     def _result(self, run: StageRun, options: Sequence[Option], functions: int) -> StageResult:
         """What a stage took beside what is now predicted for it."""

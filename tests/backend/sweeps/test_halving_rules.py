@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smlt_tune.backend.sweeps.halving_rules import (
@@ -95,6 +95,7 @@ def test_everything_is_over_when_nobody_is_left():
     assert (now.entered, now.best, now.over) == (((0, 1),), None, True)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.data())
 def test_step_by_step_or_all_at_once_the_same_trials_go_on(data):
     """Also after a crash, whoever asks again goes on with the same trials."""

@@ -1,0 +1,198 @@
+r"""What the trials of an asynchronous search (ASHA, Hyperband) run on, under one budget.
+
+Trials come to a rung one by one, and the best go on at once: there are no stages to plan. What
+money buys here is time on the way of the trial that wins in the end, and nobody knows yet which one
+that is. So a trial's time counts as much as its chance of getting there.
+
+| symbol | meaning |
+|---|---|
+| f, K | one in f goes on at each of K rungs; segment k ends at rung k = 0, ..., K - 1 |
+| t_k(j), c_k(j) | time and cost of segment k with option j, s and USD |
+| p | chance of a trial to go on at its next rung |
+| w | chance of a trial to get past all rungs: p f^(k + 2 - K) in segment k < K - 1, then 1 |
+| n_k | trials that have still to begin segment k: N f^-k less those that have begun it |
+| mu | price of time, USD per second |
+
+Every segment has the option that minimises c + mu w t; mu is the largest for which what is to come
+is expected to cost no more than is left: the Lagrangian of "least expected time of the winner
+within the budget". Trials that are likely to end at the next rung get what is cheap, survivors what
+is fast. What is expected is corrected by what the segments so far have cost.
+
+A trial that is new has p = 1 / f. One that was at the quantile u (0 is the best) of a rung of which
+f^-1 have gone on has
+
+    p = P(rho z + sqrt(1 - rho^2) e > c),    z = Phi^-1(1 - u),
+
+with e standard normal, rho the correlation of results at two rungs in a row, and c so that on
+average one in f of those that went on goes on again.
+"""
+
+import math
+import threading
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+
+from smlt_tune.backend.resource_manager.observations import Allocation, Option
+from smlt_tune.backend.sweeps.halving_rules import Schedule
+from smlt_tune.backend.sweeps.stage_allocations import OptionsOf
+
+#: Correlation of the normal scores of trials at two rungs in a row.
+RHO = 0.8
+#: Quantiles that stand for all trials that went on.
+_QUANTILES = 64
+_NORMAL = NormalDist()
+#: How often the price of time is halved in between.
+_HALVINGS = 60
+
+
+def chance(u: float, factor: int, rho: float = RHO) -> float:
+    """p: that a trial which has gone on goes on at the next rung, too.
+
+    Args:
+        u: Its quantile at the last rung, 0 for the best; trials up to 1 / factor went on.
+        factor: One in so many goes on.
+        rho: Correlation of results at two rungs in a row, from 0 to below 1.
+    """
+    return _passes(u, _threshold(factor, rho), rho)
+
+
+def _passes(u: float, threshold: float, rho: float) -> float:
+    z = _NORMAL.inv_cdf(1.0 - min(max(u, 1e-6), 1.0 - 1e-6))
+    return _NORMAL.cdf((rho * z - threshold) / math.sqrt(1.0 - rho * rho))
+
+
+@cache
+def _threshold(factor: int, rho: float) -> float:
+    """c, by bisection."""
+    quantiles = [(i + 0.5) / _QUANTILES / factor for i in range(_QUANTILES)]
+    low, high = -9.0, 9.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2.0
+        go_on = sum(_passes(u, middle, rho) for u in quantiles) / _QUANTILES
+        low, high = (middle, high) if go_on > 1.0 / factor else (low, middle)
+    return low
+
+
+def best_option(options: Sequence[Option], price: float) -> Option:
+    """The option with the least cost if time has a price, USD per second."""
+    return min(options, key=lambda one: (one.cost_usd + price * one.time_s, one.time_s))
+
+
+def price_of_time(
+    segments: Sequence[tuple[float, float, Sequence[Option]]], budget_usd: float
+) -> float:
+    """mu: the largest price at which what is to come costs no more than there is.
+
+    Args:
+        segments: Number of trials to come, w and options of each.
+        budget_usd: What is left for all of them, USD.
+
+    Returns:
+        USD per second; 0 if even the cheapest options cost more.
+    """
+
+    def cost_usd(price: float) -> float:
+        return sum(n * best_option(options, price * w).cost_usd for n, w, options in segments)
+
+    if cost_usd(0.0) > budget_usd:
+        return 0.0
+    low, high = 0.0, 1e6
+    if cost_usd(high) <= budget_usd:
+        return high
+    for _ in range(_HALVINGS):
+        middle = math.sqrt(max(low, 1e-12) * high)
+        low, high = (middle, high) if cost_usd(middle) <= budget_usd else (low, middle)
+    return low
+
+
+@dataclass
+class _Segment:
+    """What a trial is training now."""
+
+    expected_usd: float
+    before_usd: float
+
+
+class Promotions:
+    """Chooses allocations in one asynchronous search. May be used from several threads.
+
+    Args:
+        schedule: Rungs at which trials are judged.
+        trials: How many will begin.
+        options: What a trial takes for a share of its training.
+        budget_usd: For all of them, USD.
+    """
+
+    def __init__(
+        self, schedule: Schedule, trials: int, options: OptionsOf, budget_usd: float
+    ) -> None:
+        self._factor, self._maximize = schedule.factor, schedule.maximize
+        self._last = len(schedule.rungs) - 1
+        self._options = [tuple(options(schedule.share(k))) for k in range(self._last + 1)]
+        self._to_come = [trials / schedule.factor**k for k in range(self._last + 1)]
+        self._results: list[list[float]] = [[] for _ in schedule.rungs]
+        self._budget_usd = budget_usd
+        self._running: dict[int, _Segment] = {}
+        # Of the segments that are over: what they were expected to cost, and did.
+        self._expected_usd = self._measured_usd = 0.0
+        self._lock = threading.Lock()
+
+    def begins(self, trial: int) -> Allocation:
+        """What a new trial runs on.
+
+        Args:
+            trial: Its number.
+        """
+        with self._lock:
+            return self._choose(trial, 0, 1.0 / self._factor, 0.0)
+
+    def goes_on(self, trial: int, rung: int, value: float, cost_usd: float) -> Allocation | None:
+        """What a trial runs on after a rung; None if it was the last one.
+
+        Args:
+            trial: Its number.
+            rung: Number of the rung, from 0.
+            value: What it has reported there.
+            cost_usd: What it has cost so far, USD.
+        """
+        with self._lock:
+            u = self._came_to(trial, rung, value, cost_usd)
+            if rung == self._last:
+                return None
+            return self._choose(trial, rung + 1, chance(u, self._factor), cost_usd)
+
+    def ends(self, trial: int, rung: int, value: float, cost_usd: float) -> None:
+        """A trial does not go on after a rung; the arguments are those of :meth:`goes_on`."""
+        with self._lock:
+            self._came_to(trial, rung, value, cost_usd)
+
+    def _came_to(self, trial: int, rung: int, value: float, cost_usd: float) -> float:
+        """Books a segment; the trial's quantile among all that have come to the rung."""
+        segment = self._running.pop(trial)
+        self._expected_usd += segment.expected_usd
+        self._measured_usd += cost_usd - segment.before_usd
+        results = self._results[rung]
+        insort(results, -value if self._maximize else value)
+        return (bisect_left(results, -value if self._maximize else value) + 0.5) / len(results)
+
+    def _choose(self, trial: int, k: int, p: float, cost_usd: float) -> Allocation:
+        """An allocation for segment k of a trial that goes on at its end with the chance p."""
+        dearer = self._measured_usd / self._expected_usd if self._expected_usd else 1.0
+        running = sum(segment.expected_usd for segment in self._running.values())
+        left_usd = (self._budget_usd - self._measured_usd) / dearer - running
+        to_come = [
+            (number, self._weight(i, 1.0 / self._factor), options)
+            for i, (number, options) in enumerate(zip(self._to_come, self._options, strict=True))
+        ]
+        price = price_of_time(to_come, left_usd)
+        chosen = best_option(self._options[k], price * self._weight(k, p))
+        self._to_come[k] = max(0.0, self._to_come[k] - 1.0)
+        self._running[trial] = _Segment(chosen.cost_usd, cost_usd)
+        return chosen.allocation
+
+    def _weight(self, k: int, p: float) -> float:
+        """The w of a trial in segment k that goes on at its end with the chance p."""
+        return p * self._factor ** (k + 1.0 - self._last) if k < self._last else 1.0
