@@ -35,8 +35,8 @@ from smlt_tune.backend.prices import load_prices
 from smlt_tune.runtime.session import Session
 
 SEEDS = range(1) if common.QUICK else range(3)
-TRIALS, EPOCHS, CORES = (4, 2, 2) if common.QUICK else (32, 9, 2)
-SAMPLES = {"train_samples": 500 if common.QUICK else 6000, "test_samples": 500}
+TRIALS, EPOCHS, CORES = (4, 2, 2) if common.QUICK else (24, 9, 2)
+SAMPLES = {"train_samples": 500 if common.QUICK else 4000, "test_samples": 500}
 ARMS = ("plain Ray", "on functions")
 #: Budget and deadline over what plain Ray has taken: a very short search has to pay first leases.
 SLACK = 10.0 if common.QUICK else 1.0
