@@ -4,10 +4,10 @@ POINTS, LINES = "#0b6fb8", "#d1662b"
 
 
 def draw(rows, path):
-    """Model size, workers and their memory, throughput, and what they led to.
+    """What a model computes, its allocation, its throughput, and what that led to.
 
     Args:
-        rows: Of each candidate that was trained: ``number``, ``parameters``, ``workers``,
+        rows: Of each candidate that was trained: ``number``, ``mflops_per_sample``, ``workers``,
             ``memory_mb``, ``samples_per_s``, ``accuracy``.
         path: Of the picture.
     """
@@ -19,8 +19,8 @@ def draw(rows, path):
     figure, axes = plt.subplots(4, 1, sharex=True, figsize=(8, 8), layout="constrained")
     numbers = [row["number"] for row in rows]
     columns = {
-        "parameters": [row["parameters"] for row in rows],
-        "workers": [row["workers"] for row in rows],
+        "operations per sample,\nmillions": [row["mflops_per_sample"] for row in rows],
+        "GB of all workers": [row["workers"] * row["memory_mb"] / 1024 for row in rows],
         "samples per s": [row["samples_per_s"] for row in rows],
         "accuracy": [row["accuracy"] for row in rows],
     }
@@ -28,11 +28,12 @@ def draw(rows, path):
         axis.scatter(numbers, values, s=14, color=POINTS)
         axis.set_ylabel(label)
         axis.grid(color="#e3e3e3")
-    axes[0].set_yscale("log")
-    axes[2].set_yscale("log")
-    memory = axes[1].twinx()
-    memory.step(numbers, [row["memory_mb"] for row in rows], where="mid", color=LINES, lw=0.8)
-    memory.set_ylabel("memory of each, MB", color=LINES)
+    for axis in axes[:3]:
+        axis.set_yscale("log")
+    for row, gb in zip(rows, columns["GB of all workers"], strict=True):
+        if row["workers"] > 1:
+            text = f"{row['workers']} workers"
+            axes[1].annotate(text, (row["number"], gb), (4, 3), textcoords="offset points", size=7)
     quarter = max(1, len(rows) // 4)
     for first in range(0, len(rows) - quarter + 1, quarter):
         part = rows[first : first + quarter]

@@ -63,9 +63,9 @@ def operations(width):
 class Macro(ModelSpace):
     """A whole network: the operation of every layer, and which earlier layers are added to it."""
 
-    def __init__(self, layers=6, classes=10):
+    def __init__(self, layers=6, classes=10, widths=WIDTHS):
         super().__init__()
-        width = nni.choice("width", WIDTHS)
+        width = nni.choice("width", list(widths))
         self.stem = stem(width)
         numbers = range(layers)
         self.layers = nn.ModuleList(
