@@ -125,8 +125,8 @@ class Fleet:
             opened later keep to it without naming it, and one that names another changes it. What
             was spent before it was first set is not part of it.
         metric: Reported number that jobs are compared by when money or time will not do for all of
-            them: no new ones begin, then the worst are paused, so that the best are finished. None
-            to let all go on for as long as it lasts.
+            them: no new ones begin, and once half of the money is spent, the worst are paused, so
+            that the best are finished. None to let all go on for as long as it lasts.
         mode: ``"max"`` or ``"min"``: which way the metric is better.
         hang_timeout_s: Shortest silence of a worker that is taken for a hang, seconds. The bound
             grows with the measured time of the job's iterations.

@@ -1,10 +1,11 @@
 """Who goes on when money or time will not do for all jobs.
 
-As it runs short, no new jobs begin; then the worst by the fleet's metric are taken off their
-functions, at a checkpoint, so that the best can be finished. Two jobs are compared at the last
-report that both have; nobody is judged before its first. Whoever is held back has no function and
-no reservation. It goes on once there is enough again, because others came out cheaper than was
-expected. What is left at the end goes to the best of those that it cannot finish.
+As it runs short, no new jobs begin; once half of the money is spent, the worst by the fleet's
+metric are taken off their functions, at a checkpoint, so that the best can be finished. Two jobs
+are compared at the last report that both have; nobody is judged before its first. Whoever is held
+back has no function and no reservation. It goes on once there is enough again, because others came
+out cheaper than was expected. What is left at the end goes to the best of those that it cannot
+finish.
 
 What a job still needs follows from the iterations that it has left and from its pace. Of one that
 has not said anything yet it is what a typical job of the fleet takes.
