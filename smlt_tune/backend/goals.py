@@ -70,7 +70,8 @@ class Target:
 
     def __post_init__(self) -> None:
         mistakes = []
-        if not isinstance(self.metric, str) or not self.metric:
+        metric: object = self.metric
+        if not isinstance(metric, str) or not metric:
             mistakes.append(f"metric must be the name of a reported number, not {self.metric!r}")
         if not is_number(self.value):
             mistakes.append(f"value must be a finite number, not {self.value!r}")

@@ -13,7 +13,7 @@ has not said anything yet it is what a typical job of the fleet takes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cmp_to_key
+from functools import cmp_to_key, partial
 from statistics import fmean
 
 from smlt_tune.backend.generations import Record
@@ -73,8 +73,9 @@ def held_back(
     Returns:
         :data:`BUDGET` or :data:`DEADLINE` by the names of the jobs.
     """
-    judged = (claim for claim in claims if claim.values or not claim.begun)
-    ranked = sorted(judged, key=cmp_to_key(lambda a, b: _compared(a, b, maximize)))
+    judged = [claim for claim in claims if claim.values or not claim.begun]
+    compared: Callable[[Claim, Claim], int] = partial(_compared, maximize=maximize)
+    ranked = sorted(judged, key=cmp_to_key(compared))
     held = _too_late(ranked, time_s)
     wanted = [claim for claim in ranked if claim.job_id not in held]
     for claim in wanted:
@@ -88,7 +89,7 @@ def held_back(
     return held
 
 
-def _compared(a: Claim, b: Claim, maximize: bool) -> int:
+def _compared(a: Claim, b: Claim, *, maximize: bool) -> int:
     """The better first; those that have reported nothing last, in the order of their submission."""
     common = min(len(a.values), len(b.values))
     if common and a.values[common - 1] != b.values[common - 1]:
