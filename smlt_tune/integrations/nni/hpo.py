@@ -110,8 +110,8 @@ class SmltExperiment(Experiment):  # type: ignore[misc]
         self._server = TrialServer(
             self._file, port, prefix, self._metric, self._submit, self._no_more_trials
         )
-        self._guard = ManagerGuard(self.id, port)
         try:
+            self._guard = ManagerGuard(self.id, port)
             super()._start_nni_manager(port, debug, run_mode, tuner_command_channel, list(tags))
         except BaseException:
             self._close()

@@ -37,8 +37,7 @@ class ManagerGuard:
     def close(self) -> None:
         """The manager has ended, or was never started. Idempotent."""
         if self._process.returncode is None:
-            with suppress(BrokenPipeError):
-                self._process.communicate(b"!")
+            self._process.communicate(b"!")
 
 
 def main(experiment: str, port: str) -> None:
