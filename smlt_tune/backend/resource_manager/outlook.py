@@ -364,7 +364,8 @@ class Outlook:
             if good.any():
                 break
         else:
-            good = possible & (self._expected <= NEARLY * self._expected[possible].min())
+            sure = self._limited(LIMIT_Z[0])  # no hoping for what is hardly known
+            good = possible & (sure <= NEARLY * sure[possible].min())
         return int(np.argmin(np.where(good, self._objective() + self._another_move(), np.inf)))
 
     def _another_move(self) -> Array:

@@ -1,0 +1,49 @@
+"""Which allocation is best, given what is expected of each."""
+
+import numpy as np
+
+from smlt_tune.backend.goals import Cheapest
+from smlt_tune.backend.platforms.base import PlatformLimits
+from smlt_tune.backend.prices import load_prices
+from smlt_tune.backend.resource_manager.grid import Grid
+from smlt_tune.backend.resource_manager.observations import Allocation, Workload
+from smlt_tune.backend.resource_manager.outlook import Knowledge, Outlook
+from smlt_tune.backend.resource_manager.physics import IterationTime
+from smlt_tune.backend.resource_manager.policy import JobFacts
+from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
+from smlt_tune.runtime.features import ModelFeatures
+
+TABLE = PlatformTable("t", (128, 1769), (0.1, 1.0), 2e10, 8e7, 1e-9, 2.0, 0.1)
+LIMITS = PlatformLimits(128, 1769, 900.0, concurrency=8)
+FEW, MANY = Allocation(1, 1769), Allocation(4, 1769)
+
+
+def outlook(deadline_s, few, many):
+    """Of a job on MANY with 100 iterations left; what takes how long, and how sure that is."""
+    work = Workload(ModelFeatures(10, 40, 1.0, 1.0), batch=8, iterations=200)
+    facts = JobFacts(
+        "a", LIMITS, Cheapest(deadline_s), workload=work, allocation=MANY, iterations_left=100
+    )
+    stores = {"default": StoreTable(1e-3, 1e9)}
+    known = Knowledge(TABLE, stores, load_prices(), IterationTime(TABLE), [], facts)
+    (few_s, few_sd), (many_s, many_sd) = few, many
+    expected = np.array([np.log([few_s, many_s]), [few_sd, many_sd], [1.0, 1.0]])
+    return Outlook(known, Grid.of([FEW, MANY], list(stores)), expected, MANY)
+
+
+def chosen(*args):
+    found = outlook(*args)
+    return found.allocation(found.best())
+
+
+def test_the_cheapest_that_keeps_the_deadline_is_best():
+    assert chosen(200.0, (1.0, 0.05), (0.9, 0.05)) == FEW
+    assert chosen(95.0, (1.0, 0.05), (0.9, 0.01)) == MANY
+
+
+def test_if_nothing_keeps_it_what_exceeds_it_hardly_more_but_is_far_cheaper_will_do():
+    assert chosen(80.0, (0.9, 0.02), (0.9, 0.02)) == FEW
+
+
+def test_if_nothing_keeps_it_nobody_hopes_for_what_is_hardly_known():
+    assert chosen(80.0, (0.9, 0.3), (0.9, 0.02)) == MANY
