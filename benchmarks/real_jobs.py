@@ -488,7 +488,12 @@ class Cloud:
         self.platform.take()
         begun_s = time.monotonic()
         job = fleet.submit(train, training, **options)
-        outcome = job.result(LONGEST_S)
+        try:
+            outcome = job.result(LONGEST_S)
+        except TimeoutError:
+            job.stop("it takes too long")
+            job.result()
+            raise
         seconds = time.monotonic() - begun_s
         cpu_share, peak_mb = self.platform.take()
         late_s = seconds - outcome.duration_s  # from the submission to the first function
