@@ -332,7 +332,7 @@ def _search(
         return run_stages(sweep, fleet, board, say=say)
     from smlt_tune.integrations.optuna.sweeps import run_sweep
 
-    run_sweep(sweep, fleet, board, None if folder is None else folder.journal)
+    run_sweep(sweep, fleet, board, None if folder is None else folder.journal, say)
     return ()
 
 

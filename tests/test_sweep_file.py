@@ -198,9 +198,14 @@ BAD = [
     (
         "pruner: {name: asha, warmup: 1}",
         "unknown setting pruner.warmup",
-        "known: early_stopping_rate, factor, min_reports, name",
+        "known: early_stopping_rate, factor, max_reports, min_reports, name",
     ),
     ("pruner: {name: asha, factor: 1}", "pruner.factor", "expected a whole number of at least 2"),
+    (
+        "pruner: {name: asha, min_reports: 2, max_reports: 1}",
+        "pruner",
+        "max_reports 1 is below min",
+    ),
     ("pruner: {name: percentile}", "pruner.name", "percentile needs percentile"),
     ("pruner: {name: percentile, percentile: 101}", "pruner.percentile", "a number from 0 to 100"),
     ("pruner: hyperband", "pruner", "hyperband needs max_reports: {name: hyperband, max_reports"),

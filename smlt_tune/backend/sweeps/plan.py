@@ -37,6 +37,7 @@ from smlt_tune.errors import InvalidInput
 
 #: Configurations drawn from the space.
 DRAWN = 4
+_CORNERS = ("lowest", "highest")
 #: Up to so many candidates are all looked at.
 _ALL = DRAWN + 2
 #: 95 % quantile of Student's distribution with DRAWN - 1 degrees of freedom.
@@ -174,6 +175,11 @@ def configurations_of(sweep: Sweep) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def typical_of(sweep: Sweep) -> list[dict[str, Any]]:
+    """Configurations that stand for all trials: those that are not corners."""
+    return [params for name, params in configurations_of(sweep) if name not in _CORNERS]
+
+
 def bounds_of(sweep: Sweep, params: Mapping[str, Any]) -> Bounds:
     """What the file fixes for a trial with these settings."""
     workers, memory_mb = sweep.workers_of(params), sweep.memory_mb
@@ -208,7 +214,7 @@ def _summary(sweep: Sweep, samples: tuple[Sample, ...], limits: PlatformLimits) 
 
 
 def _typical(samples: Sequence[Sample]) -> list[Sample]:
-    return [sample for sample in samples if sample.name not in ("lowest", "highest")]
+    return [sample for sample in samples if sample.name not in _CORNERS]
 
 
 def _notes_of(samples: Sequence[Sample]) -> list[str]:

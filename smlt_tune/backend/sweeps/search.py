@@ -17,6 +17,8 @@ Pruners are those of Optuna:
   ``interval``.
 - ``percentile``: ends what is not among the best ``percentile`` percent; else as ``median``.
 - ``asha``: asynchronous successive halving. ``min_reports``, ``factor``, ``early_stopping_rate``.
+  With a budget and ``max_reports``, the reports of a whole training, trials that will probably be
+  promoted get what is fast and the others what is cheap.
 - ``hyperband``: several of these, from bold to cautious. ``min_reports``, ``max_reports``,
   ``factor``.
 - ``patient``: ends what was worse for ``patience`` reports than before. ``min_delta``.
@@ -58,6 +60,7 @@ PRUNERS: Mapping[str, Mapping[str, Converter]] = {
     "percentile": {"percentile": convert.percent, **_STEADY},
     "asha": {
         "min_reports": convert.count,
+        "max_reports": convert.count,
         "factor": convert.several,
         "early_stopping_rate": convert.natural,
     },

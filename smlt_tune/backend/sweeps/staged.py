@@ -1,16 +1,13 @@
 """A sweep in stages: successive halving of jobs, planned where budget or deadline are given."""
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from smlt_tune.backend.job import FAILED, FINISHED, STOPPED, Job
-from smlt_tune.backend.planning import measure
-from smlt_tune.backend.resource_manager.observations import Option, Workload
-from smlt_tune.backend.sweeps import words
 from smlt_tune.backend.sweeps.board import Board
 from smlt_tune.backend.sweeps.halving import run_halving
-from smlt_tune.backend.sweeps.stage_allocations import StageAllocations, options_of_workloads
+from smlt_tune.backend.sweeps.predicted import options_of
+from smlt_tune.backend.sweeps.stage_allocations import StageAllocations
 from smlt_tune.backend.sweeps.staged_plan import goal_of, schedule_of
 from smlt_tune.backend.sweeps.sweep import Sweep
 from smlt_tune.errors import InvalidInput, JobError
@@ -18,9 +15,6 @@ from smlt_tune.errors import InvalidInput, JobError
 if TYPE_CHECKING:
     from smlt_tune.backend.changes import Change
     from smlt_tune.backend.fleet import Fleet
-
-#: Configurations whose workloads stand for all.
-_LOOKED_AT = 4
 
 
 def run_stages(
@@ -45,7 +39,9 @@ def run_stages(
     follower = _Follower(board, params)
     for job in fleet.jobs():
         follower.take_up(job)
-    planned = _allocations(sweep, fleet, say)
+    goal = goal_of(sweep)
+    options = None if goal is None else options_of(sweep, fleet, say)
+    planned = StageAllocations(options, goal) if options and goal else None
     pinned: dict[str, Any] = {"workers": sweep.workers, "memory_mb": sweep.memory_mb}
     result = run_halving(
         fleet,
@@ -59,27 +55,6 @@ def run_stages(
         **({} if planned else pinned),
     )
     return result.notes
-
-
-def _allocations(
-    sweep: Sweep, fleet: "Fleet", say: Callable[[str], None]
-) -> StageAllocations | None:
-    """None where the file pins allocations, or where there is no goal or nothing to plan with."""
-    goal = goal_of(sweep)
-    pinned = sweep.workers is not None or sweep.memory_mb is not None
-    if pinned or goal is None or find_spec("gpytorch") is None:
-        return None
-
-    def predict(workload: Workload) -> list[Option]:
-        most = sweep.max_workers
-        found = fleet.options(workload)
-        return [one for one in found if most is None or one.allocation.workers <= most]
-
-    workloads = []
-    for params in words.thinned(sweep.configurations(), _LOOKED_AT):
-        say(f"looking at {words.settings(params)}")
-        workloads.append(measure(sweep.train, sweep.config_of(params)))
-    return StageAllocations(options_of_workloads(predict, workloads), goal)
 
 
 class _Follower:

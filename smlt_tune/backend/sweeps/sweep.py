@@ -260,6 +260,9 @@ def _contradictions(sweep: Sweep) -> Iterator[tuple[str, str]]:
     if sweep.sampler.name == "grid" and loose:
         names = ", ".join(loose)
         yield "sampler", f"a grid needs points: N, or a step of every float; without: {names}"
+    fewest, most = (sweep.pruner.options.get(f"{end}_reports") for end in ("min", "max"))
+    if most is not None and most < (fewest or 1):
+        yield "pruner", f"max_reports {most} is below min_reports {fewest}"
     if sweep.stages is not None:
         yield from _stage_contradictions(sweep, sweep.stages)
 

@@ -45,9 +45,11 @@ class Follower:
         *,
         again: bool,
         lockstep: bool,
+        judged: "Callable[[Job, Report, bool], None] | None" = None,
     ) -> None:
         self._trial, self._job, self._metric, self._step = trial, job, metric, step
         self._calls, self._drive, self._lockstep = calls, drive, lockstep
+        self._judged = judged or (lambda job, report, pruned: None)
         self._first_step = calls.next_step
         study = getattr(trial, "study", None)
         self._single = study is None or len(study.directions) == 1
@@ -77,7 +79,9 @@ class Follower:
             if watch:
                 watch(self._job, report)
             if self._metric in report.metrics:
-                if self._pass_on(report):
+                pruned = self._pass_on(report)
+                self._judged(self._job, report, pruned)
+                if pruned:
                     value = report.metrics[self._metric]
                     return f"pruned at report {report.index} with {self._metric} {value:g}"
             elif first:

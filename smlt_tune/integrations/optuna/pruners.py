@@ -53,7 +53,7 @@ _PRUNERS: dict[str, tuple[Callable[..., optuna.pruners.BasePruner], Mapping[str,
 def pruner(choice: Choice) -> optuna.pruners.BasePruner:
     """The pruner of a sweep, whose reports count from 1."""
     kind, names = _PRUNERS[choice.name]
-    given = {names[option]: value for option, value in choice.options.items()}
+    given = {names[one]: value for one, value in choice.options.items() if one in names}
     if "warmup" in names:  # Optuna lets a warm-up end with the step of that number
         given["n_warmup_steps"] = choice.options.get("warmup", 0) + 1
     if choice.name == "asha":

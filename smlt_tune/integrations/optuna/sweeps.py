@@ -1,5 +1,6 @@
 """A sweep file as an Optuna study."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from smlt_tune.backend.sweeps.sweep import Sweep
 from smlt_tune.errors import BudgetExhausted, JobError
 from smlt_tune.integrations.optuna.adoption import JOB
 from smlt_tune.integrations.optuna.journal import study_of
+from smlt_tune.integrations.optuna.promoting import Promoting, promoting
 from smlt_tune.integrations.optuna.samplers import suggest
 from smlt_tune.integrations.optuna.studies import optimize
 from smlt_tune.integrations.optuna.trials import run
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
 _FIRST_STEP = 1
 
 
-def run_sweep(sweep: Sweep, fleet: "Fleet", board: Board, journal: Path | None = None) -> None:
+def run_sweep(
+    sweep: Sweep,
+    fleet: "Fleet",
+    board: Board,
+    journal: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
     """Runs the trials of a sweep that are not over yet.
 
     What a sampler that learns suggests depends on the order in which trials report, which no seed
@@ -34,6 +42,7 @@ def run_sweep(sweep: Sweep, fleet: "Fleet", board: Board, journal: Path | None =
         fleet: Where; the one that an earlier client has left, if it is continued.
         board: Is told what happens, and what has.
         journal: Where the study is kept, to be continued by another process; None for nowhere.
+        say: Is told what is looked at before the first trial.
 
     Raises:
         BudgetExhausted: The budget did not pay for a single report.
@@ -46,9 +55,13 @@ def run_sweep(sweep: Sweep, fleet: "Fleet", board: Board, journal: Path | None =
         left = sweep.trials - _restore(board, study)
         if left < 1:
             return
+        places = promoting(sweep, fleet, say)
+        if places is not None:
+            for row in board.snapshot():
+                places.restore(row)
         optimize(
             study,
-            partial(_objective, sweep, fleet, board),
+            partial(_objective, sweep, fleet, board, places),
             n_trials=left,
             fleet=fleet,
             max_parallel=sweep.parallel,
@@ -71,16 +84,23 @@ def _restore(board: Board, study: optuna.Study) -> int:
     return len(over)
 
 
-def _objective(sweep: Sweep, fleet: "Fleet", board: Board, trial: optuna.Trial) -> float:
+def _objective(
+    sweep: Sweep, fleet: "Fleet", board: Board, places: Promoting | None, trial: optuna.Trial
+) -> float:
     suggest(trial, sweep.space)
     params = _params(sweep, trial)
     board.begin(trial.number, params)
+    workers, memory_mb = sweep.workers_of(params), sweep.memory_mb
+    if places is not None:
+        place = places.begins(trial.number)
+        workers, memory_mb = place.workers, place.memory_mb
     try:
         outcome = run(
             trial, sweep.train, sweep.config_of(params), fleet=fleet, metric=sweep.metric,
-            workers=sweep.workers_of(params), max_workers=sweep.max_workers,
-            memory_mb=sweep.memory_mb, seed=sweep.seed, lockstep=True, first_step=_FIRST_STEP,
+            workers=workers, memory_mb=memory_mb, max_workers=sweep.max_workers,
+            seed=sweep.seed, lockstep=True, first_step=_FIRST_STEP,
             watch=partial(board.watch, trial.number),
+            judged=None if places is None else partial(places.judged, trial.number),
         )  # fmt: skip
     except JobError as error:
         why = f"{type(error).__name__}: {error}"

@@ -37,6 +37,7 @@ def run(
     first_step: int = 0,
     lockstep: bool = False,
     watch: "Callable[[Job, Report | None], None] | None" = None,
+    judged: "Callable[[Job, Report, bool], None] | None" = None,
 ) -> "JobOutcome":
     """Trains one configuration for a trial, as one job of the fleet.
 
@@ -66,6 +67,7 @@ def run(
         lockstep: The job goes on after a report only once the pruner has let it, so that a pruned
             trial has trained and cost nothing beyond it.
         watch: Called with the job as soon as it is submitted, then with each report.
+        judged: Called once the pruner has judged a report, with whether it has ended the trial.
 
     Raises:
         TrialPruned: The pruner gave the trial up; or the job was stopped by the deadline, by the
@@ -91,7 +93,15 @@ def run(
         )  # fmt: skip
         with drive.following(job):
             follower = Follower(
-                trial, job, metric, step, calls, drive, again=again, lockstep=lockstep
+                trial,
+                job,
+                metric,
+                step,
+                calls,
+                drive,
+                again=again,
+                lockstep=lockstep,
+                judged=judged,
             )
             return follower.follow(watch)
     except BudgetExhausted:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,17 @@ def test_report_writes_one_file(folder, tmp_path, capsys):
     assert "best accuracy" in out.read_text()
     assert cli.main(["report", str(folder), "--out", str(tmp_path / "no" / "r.html")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_sweep_says_what_its_jobs_are_compared_by(folder, tmp_path):
+    kept, out = tmp_path / "kept", tmp_path / "r.html"
+    shutil.copytree(folder, kept)
+    for direction, title in (("minimize", "smaller"), ("maximize", "larger")):
+        (kept / "sweep.yaml").write_text(f"metric: accuracy\ndirection: {direction}\n")
+        assert cli.main(["report", str(kept), "--out", str(out)]) == 0
+        assert f"accuracy ({title} is better)" in out.read_text()
+    (kept / "sweep.yaml").write_text("metric: nobody_reports_it\n")
+    assert cli.main(["report", str(kept), "--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize("command", ["status", "report", "dashboard"])

@@ -24,7 +24,7 @@ from smlt_tune.backend.sweeps.sweep import load
 from tests.backend.test_crash import gone
 from tests.conftest import eventually
 
-ROUNDS = int(os.environ.get("SMLT_TEST_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("SMLT_TEST_ROUNDS", "2"))
 TRIALS, STEPS = 4, 5
 
 CODE = f"""\
@@ -168,6 +168,10 @@ def check(place, kept, last, kills):
     assert 0 <= paid - charged <= 1e-9 * (len(mine) + 1)
     assert told["settled_usd"] == pytest.approx(sum(e.settled_usd for e in entries.values()))
     assert told["settled_usd"] <= 1
+    # The deadline counts from the first start.
+    left = [event.body["deadline_s"] for event in events if event.kind == "fleet"]
+    assert left[0] == 3600
+    assert left == sorted(set(left), reverse=True)
 
 
 @pytest.mark.timeout(150 + 60 * ROUNDS)
@@ -192,15 +196,28 @@ def test_a_sweep_is_killed_and_resumed(place):
         assert gone(client.mark) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_leaves_what_can_be_resumed(place, number):
+def test_ctrl_c_leaves_what_can_be_resumed_in_stages_too(place):
+    text = (place / "sweep.yaml").read_text()
+    (place / "sweep.yaml").write_text(text + "stages: {first: 1, factor: 2, count: 3}\n")
     kept = place / "kept"
     client = Client(place, "sweep", place / "sweep.yaml", "--path", kept)
-    eventually(lambda: len(trained(place)) >= 3, 120)
-    assert client.end(number)
-    assert client.process.returncode == 128 + number
-    assert f"smlt resume {kept} goes on" in client.output.read_text()
+    eventually(lambda: len(trained(place)) >= TRIALS + 1, 120)
+    assert client.end(signal.SIGINT)
+    assert client.process.returncode == 130
+    assert f"ended by SIGINT; smlt resume {kept} goes on" in client.output.read_text()
     assert gone(client.mark, 10.0) == []
     again = Client(place, "resume", kept)
     assert again.process.wait(120) == 0, again.output.read_text()
-    check(place, kept, again.output.read_text(), 1)
+    known = [one["lr"] for one in load(kept / "sweep.yaml").configurations()]
+    best = sorted(range(TRIALS), key=lambda trial: -known[trial])
+    with (kept / "report" / "trials.csv").open() as file:
+        rows = {int(row["trial"]): row for row in csv.DictReader(file)}
+    assert [rows[trial]["state"] for trial in best] == ["finished"] + ["pruned"] * 3
+    assert [int(rows[trial]["reports"]) for trial in best[1:]] == [2, 1, 1]
+    counts = Counter(trained(place))
+    for lr in known:  # none was trained further than to its rung
+        repeated = [times for line, times in counts.items() if line.startswith(f"{lr!r} ")]
+        assert sum(repeated) - len(repeated) <= 1
+    assert [
+        sum(f"{known[trial]!r} {step}" in counts for step in range(STEPS)) for trial in best[1:]
+    ] == [2, 1, 1]

@@ -1,0 +1,86 @@
+"""What trials of ASHA run on under one budget; see :mod:`smlt_tune.backend.sweeps.promotion`."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from smlt_tune.backend.resource_manager.observations import Allocation
+from smlt_tune.backend.sweeps.board import Row
+from smlt_tune.backend.sweeps.halving_rules import Schedule
+from smlt_tune.backend.sweeps.predicted import options_of
+from smlt_tune.backend.sweeps.promotion import Promotions
+from smlt_tune.backend.sweeps.sweep import Sweep
+
+if TYPE_CHECKING:
+    from smlt_tune.backend.fleet import Fleet
+    from smlt_tune.backend.job import Job, Report
+
+
+class Promoting:
+    """Moves trials to other allocations when they go on after a rung.
+
+    Args:
+        promotions: Chooses.
+        schedule: Its rungs are those of the pruner, and the end of the training.
+    """
+
+    def __init__(self, promotions: Promotions, schedule: Schedule) -> None:
+        self._promotions, self._schedule = promotions, schedule
+
+    def restore(self, row: Row) -> None:
+        """A trial was over before this client began."""
+        self.begins(row.trial)
+        for count, point in enumerate(row.points, 1):
+            ends = row.state == "pruned" and count == len(row.points)
+            self._came_to(row.trial, count, point.value, point.cost_usd, ends=ends)
+
+    def begins(self, trial: int) -> Allocation:
+        """What a trial runs on first."""
+        return self._promotions.begins(trial)
+
+    def judged(self, trial: int, job: "Job", report: "Report", pruned: bool) -> None:
+        """The pruner has judged a report."""
+        value, count = report.metrics.get(self._schedule.metric), report.index + 1
+        place = self._came_to(trial, count, value, report.cost_usd, ends=pruned)
+        if place is None or count < len(job.reported):  # it was told to an earlier client
+            return
+        now = job.allocation
+        if now is None or (now.workers, now.memory_mb) != (place.workers, place.memory_mb):
+            job.resize(workers=place.workers, memory_mb=place.memory_mb)
+
+    def _came_to(
+        self, trial: int, count: int, value: object, cost_usd: float, *, ends: bool
+    ) -> Allocation | None:
+        if count not in self._schedule.rungs:
+            return None
+        rung = self._schedule.rungs.index(count)
+        number = float(value) if isinstance(value, int | float) else math.nan
+        if not math.isfinite(number):
+            number = -math.inf if self._schedule.maximize else math.inf
+        if ends:
+            self._promotions.ends(trial, rung, number, cost_usd)
+            return None
+        return self._promotions.goes_on(trial, rung, number, cost_usd)
+
+
+def promoting(sweep: Sweep, fleet: "Fleet", say: Callable[[str], None]) -> Promoting | None:
+    """For a sweep with ASHA whose budget is to be divided; None for any other."""
+    options = sweep.pruner.options
+    known = sweep.pruner.name == "asha" and "max_reports" in options
+    if not known or sweep.budget_usd is None or options.get("early_stopping_rate"):
+        return None
+    predicted = options_of(sweep, fleet, say)
+    if predicted is None:
+        return None
+    factor = options.get("factor", 4)
+    rungs = _rungs(options.get("min_reports", 1), factor, options["max_reports"])
+    schedule = Schedule(sweep.metric, sweep.maximize, tuple(rungs), factor)
+    return Promoting(Promotions(schedule, sweep.trials, predicted, sweep.budget_usd), schedule)
+
+
+def _rungs(first: int, factor: int, end: int) -> Sequence[int]:
+    rungs = []
+    while first < end:
+        rungs.append(first)
+        first *= factor
+    return [*rungs, end]

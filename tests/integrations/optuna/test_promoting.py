@@ -1,0 +1,125 @@
+"""Trials of ASHA under a budget: those that go on are moved to what the promotions choose."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from smlt_tune.backend.resource_manager.observations import Allocation, Option
+from smlt_tune.backend.sweeps import target
+from smlt_tune.backend.sweeps.board import Board
+from smlt_tune.backend.sweeps.halving_rules import Schedule
+from smlt_tune.backend.sweeps.promotion import Promotions
+from smlt_tune.backend.sweeps.sweep import load
+from smlt_tune.integrations.optuna import promoting as promoting_module
+from smlt_tune.integrations.optuna.promoting import Promoting, promoting
+from smlt_tune.integrations.optuna.sweeps import run_sweep
+from tests.integrations.optuna.fake_fleet import FakeFleet, FakeJob
+
+CHEAP, FAST = Allocation(1, 1769), Allocation(4, 1769)
+SCHEDULE = Schedule("accuracy", maximize=True, rungs=(1, 2, 4), factor=2)
+SWEEP = """\
+name: s
+train: code.py:train
+metric: accuracy
+trials: 6
+parallel: 1
+space: {x: {float: [0, 1]}}
+sampler: random
+"""
+
+
+def options(share):
+    return [Option(CHEAP, 100 * share, 0.1 * share), Option(FAST, 30 * share, 0.15 * share)]
+
+
+def train(config, job):
+    for epoch in range(4):
+        job.report(accuracy=config["x"] + epoch / 100)
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(target, "load", lambda name, folder: train)
+
+    def make(text):
+        (tmp_path / "sweep.yaml").write_text(SWEEP + text)
+        return load(tmp_path / "sweep.yaml")
+
+    return make
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """The jobs that were resized, with where they went."""
+    found = []
+    monkeypatch.setattr(FakeJob, "reported", (), raising=False)  # none beyond what was told
+    monkeypatch.setattr(
+        FakeJob, "resize", lambda job, **to: found.append((job.job_id, to)), raising=False
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "divided"),
+    [
+        ("pruner: {name: asha, max_reports: 4}\nbudget_usd: 1\n", True),
+        ("pruner: {name: asha, max_reports: 4}\n", False),
+        ("pruner: asha\nbudget_usd: 1\n", False),
+        ("pruner: {name: asha, max_reports: 4, early_stopping_rate: 1}\nbudget_usd: 1\n", False),
+        ("pruner: {name: hyperband, max_reports: 4}\nbudget_usd: 1\n", False),
+    ],
+)
+def test_a_budget_is_divided_where_the_rungs_are_known(sweep, monkeypatch, text, divided):
+    monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: options)
+    assert (promoting(sweep(text), None, print) is not None) == divided
+    monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: None)
+    assert promoting(sweep(text), None, print) is None
+
+
+def test_survivors_are_moved_once_and_those_that_end_are_not(sweep, tmp_path, monkeypatch, moved):
+    monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: options)
+    made = sweep("pruner: {name: asha, factor: 2, max_reports: 4}\nbudget_usd: 0.38\n")
+    fleet = FakeFleet(tmp_path / "fleet")
+    board = Board(made, fleet)
+    run_sweep(made, fleet, board)
+    board.close()
+    rows = {row.trial: row for row in board.snapshot()}
+    assert {row.state for row in rows.values()} == {"finished", "pruned"}
+    assert {job.allocation.workers for job in fleet.jobs()} <= {1, 4}
+    assert moved  # somebody was
+    ended = {f"s-{trial}-" for trial, row in rows.items() if len(row.points) == 1}
+    assert not [job for job, _ in moved if any(job.startswith(one) for one in ended)]
+
+
+def test_what_was_judged_for_an_earlier_client_moves_nobody_but_counts():
+    asked = []
+    promotions = SimpleNamespace(
+        begins=lambda trial: CHEAP,
+        goes_on=lambda *told: asked.append(("goes on", *told)) or FAST,
+        ends=lambda *told: asked.append(("ends", *told)),
+    )
+    places = Promoting(promotions, SCHEDULE)
+    resized = []
+    job = SimpleNamespace(reported=[1, 2], allocation=CHEAP, resize=lambda **to: resized.append(to))
+
+    def report(index, value):
+        return SimpleNamespace(index=index, metrics={"accuracy": value}, cost_usd=0.1)
+
+    places.judged(0, job, report(0, 0.5), False)
+    assert (asked, resized) == ([("goes on", 0, 0, 0.5, 0.1)], [])
+    places.judged(0, job, report(1, float("nan")), False)
+    assert asked[1] == ("goes on", 0, 1, float("-inf"), 0.1)
+    assert resized == [{"workers": 4, "memory_mb": 1769}]
+    places.judged(0, job, report(2, 0.7), False)  # no rung
+    places.judged(1, job, report(0, 0.1), True)
+    assert asked[2:] == [("ends", 1, 0, 0.1, 0.1)]
+    points = [SimpleNamespace(value=0.3, cost_usd=0.2), SimpleNamespace(value=0.4, cost_usd=0.3)]
+    places.restore(SimpleNamespace(trial=7, state="pruned", points=points))
+    assert asked[3:] == [("goes on", 7, 0, 0.3, 0.2), ("ends", 7, 1, 0.4, 0.3)]
+
+
+def test_the_promotions_of_a_restored_sweep_know_what_was_spent():
+    places = Promoting(Promotions(SCHEDULE, 4, options, 0.3), SCHEDULE)
+    points = [SimpleNamespace(value=0.3, cost_usd=0.29)]
+    places.restore(SimpleNamespace(trial=0, state="pruned", points=points))
+    assert places.begins(1) == CHEAP  # next to nothing is left
