@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -172,9 +172,7 @@ class Prices:
         Returns:
             USD, rounded up to a nano-dollar.
         """
-        init = Fraction(self.init_limit_s) if init_s is None else _exact(init_s, "init_s")
-        longest = _round_up(_exact(timeout_s, "timeout_s") + init, self.billing_step_s)
-        functions = self._invocation_nanos(memory_mb, longest * deliveries, deliveries)
+        functions = _worst_nanos(self, memory_mb, timeout_s, deliveries, init_s)
         return nanos_to_usd(functions + self._object_nanos(object_puts, object_gets))
 
     def object_requests_usd(self, puts: int, gets: int) -> float:
@@ -223,6 +221,15 @@ class Prices:
             return 0
         written = _exact(puts, "object puts") * Fraction(self.put_usd)
         return _nanos_up(written + _exact(gets, "object gets") * Fraction(self.get_usd))
+
+
+@lru_cache(maxsize=1024)  # of many functions alike the same is asked
+def _worst_nanos(
+    prices: Prices, memory_mb: int, timeout_s: float, deliveries: int, init_s: float | None
+) -> int:
+    init = Fraction(prices.init_limit_s) if init_s is None else _exact(init_s, "init_s")
+    longest = _round_up(_exact(timeout_s, "timeout_s") + init, prices.billing_step_s)
+    return prices._invocation_nanos(memory_mb, longest * deliveries, deliveries)
 
 
 def load_prices(name_or_path: str | Path = _DEFAULT, *, architecture: str = "x86_64") -> Prices:

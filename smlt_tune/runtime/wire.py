@@ -62,7 +62,7 @@ def _decode(data: bytes) -> Message:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise InvalidInput(f"unknown kind of message {kind!r}")
     cls = _KINDS[kind]
-    known = _names(cls)
+    known = _names(kind)
     if raw.keys() != known:
         raise InvalidInput(
             f"{kind}: missing {sorted(known - set(raw))}, unknown {sorted(set(raw) - known)}"
@@ -71,9 +71,9 @@ def _decode(data: bytes) -> Message:
 
 
 @cache
-def _names(cls: type[Message]) -> frozenset[str]:
-    """Of a message's fields."""
-    return frozenset(f.name for f in fields(cls))
+def _names(kind: str) -> frozenset[str]:
+    """Of the fields of a message."""
+    return frozenset(f.name for f in fields(_KINDS[kind]))
 
 
 @dataclass(frozen=True)

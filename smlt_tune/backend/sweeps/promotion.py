@@ -30,7 +30,7 @@ average one in f of those that went on goes on again.
 import math
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -74,6 +74,23 @@ def _threshold(factor: int, rho: float) -> float:
         go_on = sum(_passes(u, middle, rho) for u in quantiles) / _QUANTILES
         low, high = (middle, high) if go_on > 1.0 / factor else (low, middle)
     return low
+
+
+def lower_hull(options: Iterable[Option]) -> list[Option]:
+    """Those that are the best at some price of time, the fastest first."""
+    found: list[Option] = []
+    for one in sorted(options, key=lambda o: (o.time_s, o.cost_usd)):
+        if found and one.cost_usd >= found[-1].cost_usd:
+            continue
+        while len(found) > 1 and _usd_per_s(*found[-2:]) <= _usd_per_s(found[-1], one):
+            found.pop()
+        found.append(one)
+    return found
+
+
+def _usd_per_s(faster: Option, slower: Option) -> float:
+    """What a second costs between two options."""
+    return (faster.cost_usd - slower.cost_usd) / (slower.time_s - faster.time_s)
 
 
 def best_option(options: Sequence[Option], price: float) -> Option:
@@ -131,7 +148,7 @@ class Promotions:
     ) -> None:
         self._factor, self._maximize = schedule.factor, schedule.maximize
         self._last = len(schedule.rungs) - 1
-        self._options = [tuple(options(schedule.share(k))) for k in range(self._last + 1)]
+        self._options = [lower_hull(options(schedule.share(k))) for k in range(self._last + 1)]
         self._to_come = [trials / schedule.factor**k for k in range(self._last + 1)]
         self._results: list[list[float]] = [[] for _ in schedule.rungs]
         self._budget_usd = budget_usd

@@ -227,13 +227,13 @@ def planned_least(functions=8):
 
 
 def test_the_stages_to_come_are_planned_again_from_what_the_others_took():
-    """Predictions are 1.6 times too low: with what was planned first the budget would not do."""
-    budget_usd = 1.6 * 1.03 * planned_least().cost_usd
+    """Training takes 2.5 times as long as predicted."""
+    budget_usd = 3.5 * planned_least().cost_usd
     plans = []
     with fleet_on(SimulationOptions(progress_s=5.0, concurrency=8)) as fleet:
         result = run_halving(
             fleet,
-            lambda config: describe({**config, "slow": 1.6}),
+            lambda config: describe({**config, "slow": 2.5}),
             configs(),
             schedule=SCHEDULE,
             allocations=allocations(Fastest(budget_usd)),
@@ -242,10 +242,11 @@ def test_the_stages_to_come_are_planned_again_from_what_the_others_took():
         fleet.run_until_idle()
         assert fleet.ledger.settled_usd <= budget_usd
     assert result.complete
-    first = [one.option.allocation.workers for one in plans[0].stages]
-    assert ran_on(result) != first, "it was too optimistic"
     assert [len(plan.stages) for plan in plans] == [3, 2, 1]
-    assert plans[1].stages[0].dearer == pytest.approx(1.5, abs=0.15)
+    assert plans[1].stages[0].dearer > 1.5
+    took_usd = sum(stage.cost_usd for stage in result.stages[1:])
+    before_usd = sum(stage.cost_usd for stage in plans[0].stages[1:])
+    assert abs(plans[1].cost_usd - took_usd) < 0.7 * abs(before_usd - took_usd)
 
 
 def test_the_resource_manager_plans_and_learns_from_the_stages():

@@ -1,10 +1,18 @@
 """Money goes where it buys most time of the trial that wins in the end."""
 
+import random
+
 import pytest
 
 from smlt_tune.backend.resource_manager.observations import Allocation, Option
 from smlt_tune.backend.sweeps.halving_rules import Schedule
-from smlt_tune.backend.sweeps.promotion import Promotions, best_option, chance, price_of_time
+from smlt_tune.backend.sweeps.promotion import (
+    Promotions,
+    best_option,
+    chance,
+    lower_hull,
+    price_of_time,
+)
 
 #: Twice the workers: somewhat less than half of the time, for more money.
 OPTIONS = [Option(Allocation(n, 1769), 60 / n**0.8, 0.01 * n**0.3) for n in (1, 2, 4, 8, 16)]
@@ -30,6 +38,18 @@ def test_one_in_so_many_goes_on_and_the_best_are_the_most_likely(factor):
     assert sum(chances) / 200 == pytest.approx(1 / factor, abs=0.01)
     assert chances == sorted(chances, reverse=True)
     assert chance(0.5 / factor, factor, rho=0.0) == pytest.approx(1 / factor, abs=1e-6)
+
+
+def test_only_what_is_best_at_some_price_is_looked_at():
+    chance_of = random.Random(1)
+    many = [
+        Option(Allocation(n, 512), chance_of.uniform(1, 10), chance_of.uniform(1, 10))
+        for n in range(1, 60)
+    ]
+    few = lower_hull(many)
+    assert len(few) < 15
+    for price in (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 10.0, 1e6):
+        assert best_option(few, price) == best_option(many, price)
 
 
 def test_the_price_of_time_spends_what_there_is_and_no_more():

@@ -23,8 +23,9 @@ from smlt_tune.runtime.checkpoint import Checkpoints
 from smlt_tune.runtime.position import Position
 from smlt_tune.runtime.session import TIME_LIMIT_MARGIN_S
 
-#: A waiting worker looks around at least this often, in seconds.
-LOOK_AROUND_S = 1.0
+#: A waiting worker looks around this often, in seconds; or, where it seldom says where it is, so
+#: many times as often as that.
+LOOK_AROUND_S, LOOKS = 1.0, 10
 #: What stands in checkpoints: there is no state, and where it belongs says the name.
 STATE = b"simulated"
 _NOISE = 1e-9
@@ -349,7 +350,8 @@ class SimulatedGeneration:
 
     def _look_later(self) -> None:
         trains = self._since_s is not None
-        pause_s = self._progress_s if trains else min(self._progress_s, LOOK_AROUND_S)
+        waiting_s = min(self._progress_s, max(LOOK_AROUND_S, self._progress_s / LOOKS))
+        pause_s = self._progress_s if trains else waiting_s
         self._beat = self._time.after(pause_s, self._look_around)
 
     def _look_around(self) -> None:
