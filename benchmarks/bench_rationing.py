@@ -29,8 +29,8 @@ from smlt_tune.backend.simulated_fleet import SimulatedFleet
 from smlt_tune.runtime.features import ModelFeatures
 
 CURVES = Path(__file__).parent / "curves" / "curves.json"
-SWEEPS = 2 if common.QUICK else 20
-SHARES = (0.2, 0.4, 0.6, 0.8)
+SWEEPS = 2 if common.QUICK else 9
+SHARES = (0.2, 0.4, 0.6)
 WORKERS, MEMORY_MB = 2, 1769
 ITERATIONS, ITERATION_S = 20, 1.0
 FEATURES = ModelFeatures(10_000, 40_000, 6e4, 1e3)
