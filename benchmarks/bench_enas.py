@@ -29,7 +29,6 @@ import tempfile
 import time
 import warnings
 from bisect import bisect_right
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -48,8 +47,7 @@ from torch.nn.functional import avg_pool2d
 
 import smlt_tune as smlt
 from examples.enas.spaces import Macro
-from examples.enas.training import accuracy, some_of, train_epoch
-from examples.fashion import load_images
+from examples.enas.training import accuracy, load_data, some_of, train_epoch
 from smlt_tune.backend.platforms.local import LocalPlatform
 from smlt_tune.backend.platforms.local.options import PRELOAD
 from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
@@ -65,17 +63,16 @@ ARMS = {
 }
 SEEDS, CANDIDATES = (range(1), 8) if common.QUICK else (range(5), 100)
 STEPS, BATCH, EPOCHS = 16, 48, 1 if common.QUICK else 4
-TRAIN, JUDGE, EDGE = 4096, 512, 2
+TRAIN, JUDGE = 4096, 512
 MEMORY_MB = 1769
 #: What functions need besides: loaded once.
 NEEDED = ("nni.nas.nn.pytorch", "nni.nas.evaluator", "smlt_tune.integrations.nni.enas")
 
 
-@cache
 def data():
     """(images, labels) to train on, to search by, to test on; images of half their edge."""
-    parts = [tuple(map(torch.from_numpy, part)) for part in load_images(TRAIN, JUDGE)]
-    return [(avg_pool2d(images, EDGE), labels) for images, labels in parts]
+    parts = load_data("macro", TRAIN, JUDGE)
+    return [(avg_pool2d(images, 2), labels) for images, labels in parts]
 
 
 def candidate(model, share, seed):
