@@ -232,35 +232,48 @@ import smlt_tune as smlt
 from tests.integrations.nni import test_hpo
 
 if __name__ == "__main__":
-    folder, port, train, trials = sys.argv[1:]
-    options = {"trials": int(trials), "concurrency": 1, "id": "killed"}
+    folder, train, trials = sys.argv[1:]
+    options = {"trials": int(trials), "concurrency": 1}
+    train = getattr(test_hpo, train)
     with smlt.Fleet(path=folder + "/fleet") as fleet:
-        made = test_hpo.experiment(getattr(test_hpo, train), folder, fleet, **options)
-        made.run(int(port), wait_completion=False)
-        while made.get_status() != "DONE":
-            time.sleep(0.1)
-        open(folder + "/done", "w").close()
-        time.sleep(1000)
+        running = test_hpo.Running(lambda: test_hpo.experiment(train, folder, fleet, **options))
+        with running as made:
+            test_hpo.tell(folder + "/begun", f"{made.id} {made.port}")
+            test_hpo.done(made)
+            test_hpo.tell(folder + "/done", "")
+            time.sleep(1000)
 """
 
 
-def driver_of(folder, port, train, trials):
-    """A process that runs an experiment; a file ``done`` says when all trials are."""
+def tell(path, text):
+    """Writes a file, all of it at once."""
+    Path(path + ".new").write_text(text)
+    Path(path + ".new").rename(path)
+
+
+def told(driver, path):
+    """What a driver that lives has written to a file."""
+    eventually(lambda: driver.poll() is not None or path.exists(), 250)
+    assert driver.poll() is None
+    return path.read_text()
+
+
+def driver_of(folder, train, trials):
+    """A process that runs an experiment; says when it has begun, and when all trials are done."""
     script = folder / "driver.py"
     script.write_text(DRIVER)
     home = Path(nni.tools.nnictl.constants.NNI_HOME_DIR).parent
     return subprocess.Popen(
-        [sys.executable, str(script), str(folder), str(port), train, str(trials)],
+        [sys.executable, str(script), str(folder), train, str(trials)],
         env=os.environ | {"PYTHONPATH": os.getcwd(), "HOME": str(home)},
     )
 
 
-@pytest.mark.timeout(300)
 def test_the_manager_ends_with_a_driver_that_is_killed_while_no_trial_runs(tmp_path):
-    [port] = free_ports(1)
-    with driver_of(tmp_path, port, "quadratic", trials=1) as driver:
+    with driver_of(tmp_path, "quadratic", trials=1) as driver:
         try:
-            eventually(lambda: driver.poll() is not None or (tmp_path / "done").exists(), 170)
+            port = int(told(driver, tmp_path / "begun").split()[1])
+            told(driver, tmp_path / "done")
             assert listens(port)
             assert mentioned(str(port), "manager_guard")
         finally:
@@ -269,22 +282,21 @@ def test_the_manager_ends_with_a_driver_that_is_killed_while_no_trial_runs(tmp_p
     assert not listens(port)
 
 
-@pytest.mark.timeout(300)
 def test_nothing_outlives_a_driver_that_is_killed_and_its_experiment_goes_on(platform, tmp_path):
-    [port] = free_ports(1)
-    with driver_of(tmp_path, port, "endless", trials=3) as driver:
+    with driver_of(tmp_path, "endless", trials=3) as driver:
         try:
+            name, port = told(driver, tmp_path / "begun").split()
             eventually(lambda: driver.poll() is not None or mentioned(tmp_path, "trial"), 170)
             eventually(lambda: driver.poll() is not None or [*tmp_path.glob("fleet/logs/*")], 170)
             assert driver.poll() is None
         finally:
             driver.kill()
-    eventually(lambda: not mentioned(tmp_path, "") and not listens(port), 100)
+    eventually(lambda: not mentioned(tmp_path, "") and not listens(int(port)), 100)
     with smlt.Fleet.open(tmp_path / "fleet", platform=platform) as fleet:
         [job] = fleet.jobs()
 
         def make():
-            return experiment(endless, tmp_path, fleet, trials=3, concurrency=1, id="killed")
+            return experiment(endless, tmp_path, fleet, trials=3, concurrency=1, id=name)
 
         with Running(make, resume=True) as made:
             [(_, _, before, _)] = trials(made).values()
