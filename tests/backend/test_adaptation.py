@@ -10,6 +10,7 @@ from smlt_tune.backend.adaptation import (
 )
 from smlt_tune.backend.measurements import CHUNKS, Measurement
 from smlt_tune.backend.resource_manager.observations import Allocation, Decision, Workload
+from smlt_tune.backend.resource_manager.policy import Bounds
 from smlt_tune.errors import BudgetExhausted, StoreUnavailable
 from smlt_tune.runtime import wire
 from smlt_tune.runtime.features import ModelFeatures
@@ -528,7 +529,7 @@ def test_no_occasion_to_look_again(world, policy, what):
 
 def test_nothing_is_decided_while_a_hand_over_is_under_way(world, policy):
     quiet(world, policy)
-    world.scheduler.resize("a", 3, None)
+    world.scheduler.resize("a", Bounds(3))
     batch_doubles(world)
     for _ in range(5):
         look(world)
@@ -558,7 +559,7 @@ def test_whoever_has_pinned_everything_is_left_alone(world, policy):
 
 def test_a_resize_by_the_user_pins_what_it_names(world, policy):
     quiet(world, policy)
-    world.scheduler.resize("a", 3, None)
+    world.scheduler.resize("a", Bounds(3))
     world.ready(generation=1, ranks=range(3))
     world.hand_over(ranks=[0, 1])
     world.end_all("a", 0)
@@ -635,7 +636,7 @@ def test_a_job_that_grows_gives_nothing_up_while_others_wait(world, policy):
     quiet(world, policy)
     policy.choice = Decision(Allocation(7, 1024), "large")
     submit(world, "b")
-    world.scheduler.resize("a", 8, None)  # more than is free: its two have to go first
+    world.scheduler.resize("a", Bounds(8))  # more than is free: its two have to go first
     world.after(1.0)
     assert world.key("leave") is None
     world.scheduler.stop("b", "enough")

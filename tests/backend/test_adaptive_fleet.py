@@ -251,6 +251,9 @@ class Pessimist(Scripted):
         note = "Cheapest(deadline_s=60) cannot be reached; Cheapest(deadline_s=3700) would do"
         return Plan(chosen, (chosen,), facts.goal.deadline_s > 3600, (note,), 0, 0)
 
+    def options(self, facts):
+        return ()
+
 
 def test_a_goal_out_of_reach_is_refused_before_anything_is_spent(platform):
     with smlt.Fleet(platform=platform, policy=Pessimist(), budget_usd=1.0) as fleet:

@@ -134,7 +134,7 @@ def test_submit_lists_every_mistake_at_once(fleet):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"resize\(\) needs workers=, memory_mb=, or both"),
+        ({}, r"resize\(\) needs workers=, memory_mb=, store=, lease_s=, or several"),
         ({"workers": 0}, "workers must be a whole number of at least 1, not 0"),
         ({"workers": 13}, r"workers=13 is more than the platform can run at once \(12\)"),
         ({"memory_mb": 20_000}, "memory_mb=20000 is not among what the platform offers"),

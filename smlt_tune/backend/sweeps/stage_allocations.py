@@ -130,8 +130,8 @@ def stage_run(
     times, usd = [], 0.0
     for i in entered[stage]:
         job, reported = jobs[i], jobs[i].reported
-        usd += _cost_until(job, rung) if i in later else job.cost_usd
-        usd -= _cost_until(job, before) if before else 0.0
+        ends = _cost_until(job, rung) if i in later else _cost(job)
+        usd += max(0.0, ends - (_cost_until(job, before) if before else 0.0))
         last = max((one.generation for one in reported[:before]), default=-1)
         mine = [one for one in job.allocations if one.generation > last]
         if mine:
@@ -148,7 +148,12 @@ def stage_run(
 def _cost_until(job: Job, rung: int) -> float:
     """What a trial had cost at a rung, or at its end, USD."""
     reported = job.reported
-    return reported[rung - 1].cost_usd if len(reported) >= rung else job.cost_usd
+    return reported[rung - 1].cost_usd if len(reported) >= rung else _cost(job)
+
+
+def _cost(job: Job) -> float:
+    """What a trial has cost, USD. Reports know of functions that are not billed yet."""
+    return max([job.cost_usd, *(report.cost_usd for report in job.reported[-1:])])
 
 
 def _makespan(times: Iterable[float], places: int) -> float:
