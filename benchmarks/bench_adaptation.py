@@ -6,8 +6,7 @@ would keep the deadline if nothing changed (deadline: 1.02 x the fastest of the 
 resource manager; it is given the same measurements as profiles of its project, and nothing else.
 The network is trained by Muon, whose work for a step does not depend on the batch. Where nothing
 but gradients is added to what each sample takes, doubling brings less on this machine: all workers
-synchronise through a store that shares two cores with them, so few workers are best from the start
-(0.8 million parameters and Adam: 9 and 51 % were saved in two runs).
+synchronise through a store that shares two cores with them, and few are best from the start.
 *Hindsight* is the best fixed allocation for what really happened, by a grid of both configurations;
 no system could have known it.
 

@@ -16,10 +16,9 @@ same candidates in the same order, one after the other, because each may use the
 real_jobs.py for that and its bills.
 
 How much is saved depends on the mixture. A candidate like the first costs the same on both; one
-that computes little wastes most of eight functions, the more so the smaller its batch. (With
-batches of 256, where nearly all candidates are bound by what they compute, and the work is the same
-wherever it is done, ours was cheaper by 1.3 x only.) Without a deadline one function would be
-cheapest for all.
+that computes little wastes most of eight functions, the more so the smaller its batch: what is
+bound by what it computes takes the same work wherever it is done. Without a deadline one function
+would be cheapest for all.
 
     python benchmarks/bench_enas_sizes.py             # about 9 minutes; the machine must be quiet
     python benchmarks/bench_enas_sizes.py --quick     # about a minute: does it work?

@@ -22,6 +22,8 @@ from smlt_tune.runtime.features import ModelFeatures
 #: A job's ``status`` is one of these.
 QUEUED, RUNNING, PAUSED = "queued", "running", "paused"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+#: Of a job that has ended and is paid for.
+OVER = (FINISHED, STOPPED, FAILED)
 
 _ERRORS: dict[str, type[JobError]] = {
     cls.__name__: cls for cls in (TrainingFunctionError, OutOfMemory, FunctionLost)
@@ -257,7 +259,7 @@ class JobState:
     @property
     def over(self) -> bool:
         """Whether the job has ended and is paid for."""
-        return self.status in (FINISHED, STOPPED, FAILED)
+        return self.status in OVER
 
     def restore_change(self, kind: str, body: Mapping[str, Any]) -> None:
         """Takes over what an earlier client has asked of the job."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smlt_tune.backend.changes import Change, Changes
-from smlt_tune.backend.job import FAILED, FINISHED, PAUSED, STOPPED, Job
+from smlt_tune.backend.job import FAILED, OVER, PAUSED, STOPPED, Job
 from smlt_tune.backend.sweeps.halving_rules import Schedule, Situation, Trial, situation
 from smlt_tune.backend.sweeps.stage_allocations import (
     StageAllocations,
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+#: Why trials are stopped: the search is done, or, with the number of the stage, they have lost.
+DONE, LOST = "the last stage is over", "not among the best of stage"
 #: What a caller may not set of the jobs, because it follows from the method ...
 _OWN = ("lockstep", "name", "start_from")
 #: ... and from the plan.
@@ -209,7 +211,7 @@ class _Run:
             job.acknowledge(rung)
             job.resume()
         elif len(job.reported) >= rung:
-            job.stop("the last stage is over")
+            job.stop(DONE)
         else:
             job.acknowledge(rung - 1)
             job.resume()
@@ -238,12 +240,12 @@ class _Run:
             if count >= rung:
                 job.pause()
         elif count > rung or (count == rung and not self._schedule.to_the_end):
-            job.stop("the last stage is over")
+            job.stop(DONE)
 
     def _rests(self, trial: int, rung: int) -> bool:
         job = self._jobs[trial]
         assert job is not None
-        if job.status in (FINISHED, STOPPED, FAILED):
+        if job.status in OVER:
             return True
         return job.status == PAUSED and len(job.reported) >= rung
 
@@ -254,8 +256,8 @@ class _Run:
         for stage, trials in enumerate(now.entered[:-1]):
             for i in set(trials).difference(now.entered[stage + 1]):
                 job = self._jobs[i]
-                if job is not None and job.status not in (FINISHED, STOPPED, FAILED):
-                    job.stop(f"not among the best of stage {stage + 1}")
+                if job is not None and job.status not in OVER:
+                    job.stop(f"{LOST} {stage + 1}")
 
     # --- what is known ----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from smlt_tune.backend.job import FAILED, FINISHED, STOPPED
+from smlt_tune.backend.job import FINISHED, OVER
 from smlt_tune.backend.resource_manager.observations import not_counts
 from smlt_tune.errors import InvalidInput
 
@@ -90,7 +90,7 @@ class Trial:
     @property
     def over(self) -> bool:
         """Whether its job has ended."""
-        return self.status in (FINISHED, STOPPED, FAILED)
+        return self.status in OVER
 
     def value_at(self, rung: int) -> float:
         """What it is compared by at a rung; nan if it has not got there.

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from smlt_tune.backend.goals import Cheapest, Fastest
-from smlt_tune.backend.job import FAILED, FINISHED, STOPPED, Job
+from smlt_tune.backend.job import FAILED, FINISHED, OVER, Job
 from smlt_tune.backend.platforms.base import PlatformLimits
 from smlt_tune.backend.platforms.simulated import (
     SimulatedPlatform,
@@ -178,7 +178,7 @@ class _Simulation:
                     fleet.submit(train, trial, workers=place.workers, memory_mb=place.memory_mb)
                     running += 1
                 change = changes.next()
-                if change is not None and change.status in (FINISHED, STOPPED, FAILED):
+                if change is not None and change.status in OVER:
                     running -= change.report is None
                     if change.job.reason in ("budget", "deadline"):
                         waiting = []

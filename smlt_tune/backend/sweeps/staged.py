@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from smlt_tune.backend.job import FAILED, FINISHED, STOPPED, Job
+from smlt_tune.backend.job import FINISHED, OVER, Job
 from smlt_tune.backend.sweeps.board import Board
-from smlt_tune.backend.sweeps.halving import run_halving
+from smlt_tune.backend.sweeps.halving import DONE, LOST, run_halving
 from smlt_tune.backend.sweeps.predicted import options_of
 from smlt_tune.backend.sweeps.stage_allocations import StageAllocations
 from smlt_tune.backend.sweeps.staged_plan import goal_of, schedule_of
@@ -98,7 +98,7 @@ class _Follower:
 
 
 def _over(job: Job) -> bool:
-    return job.status in (FINISHED, STOPPED, FAILED)
+    return job.status in OVER
 
 
 def _end(job: Job) -> tuple[str, str]:
@@ -107,7 +107,7 @@ def _end(job: Job) -> tuple[str, str]:
         outcome = job.result(0.0)
     except JobError as error:
         return "failed", f"{type(error).__name__}: {error}"
-    if outcome.status == FINISHED or outcome.reason == "the last stage is over":
+    if outcome.status == FINISHED or outcome.reason == DONE:
         return "finished", ""
-    lost = outcome.reason.startswith("not among the best")
+    lost = outcome.reason.startswith(LOST)
     return ("pruned" if lost else "stopped"), outcome.reason

@@ -11,7 +11,7 @@ from typing import Any
 
 from smlt_tune.backend.explain import Explanation, Step, explain_all
 from smlt_tune.backend.history import HistoryEvent
-from smlt_tune.backend.job import FAILED, FINISHED, PAUSED, QUEUED, RUNNING, STOPPED
+from smlt_tune.backend.job import FAILED, FINISHED, OVER, PAUSED, QUEUED, RUNNING, STOPPED
 from smlt_tune.backend.ledger import Entry
 from smlt_tune.backend.prices import nanos_to_usd, usd_to_nanos
 from smlt_tune.backend.resource_manager.observations import Allocation, Interval
@@ -106,7 +106,7 @@ class JobView:
     @property
     def over(self) -> bool:
         """Whether the status is final."""
-        return self.status in (FINISHED, STOPPED, FAILED)
+        return self.status in OVER
 
     def last(self, metric: str) -> float | None:
         """The metric as last reported."""

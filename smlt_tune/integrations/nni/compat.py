@@ -126,6 +126,29 @@ def mend_one_shot() -> None:
     loaders._SUPPORTED_MODES["_nni_concat"] = mode
 
 
+def outlast(strategy: Strategy, engine: "SmltExecutionEngine") -> None:
+    """Has the middlewares of a chain stay until the last candidate has ended.
+
+    Faults: a chain takes its middlewares off the engine once its strategy has submitted its last
+    model, so that what ends later is not retried or averaged; and strategies that wait before wait
+    for a second at most, because NNI's middlewares look a second time through an iterator that is
+    at its end.
+    """
+    if not isinstance(strategy, Chain):
+        return
+    while isinstance(strategy, Chain):
+        for middleware in strategy._middlewares:
+            middleware.wait_models = engine.wait_models
+        strategy = strategy[0]
+    explore = strategy.run
+
+    def run() -> None:
+        explore()
+        engine.wait_models()
+
+    strategy.run = run
+
+
 def adopt(strategy: Strategy, engine: "SmltExecutionEngine") -> None:
     """Gives a resumed strategy what its own state does not hold.
 

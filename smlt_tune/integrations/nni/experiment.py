@@ -109,7 +109,7 @@ def _engine(
             running.close()
         raise InvalidInput(mistakes)
     duration = settings.max_experiment_duration
-    return SmltExecutionEngine(
+    engine = SmltExecutionEngine(
         running,
         config,
         Limits(
@@ -122,6 +122,8 @@ def _engine(
         save=compat.checkpoints(experiment, folder / "checkpoint"),
         owns_fleet=fleet is None,
     )
+    compat.outlast(experiment.strategy, engine)
+    return engine
 
 
 def _open_fleet(config: SmltEngineConfig, folder: Path, *, resumed: bool) -> Fleet:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -23,12 +24,12 @@ from tests.integrations.nni.searches import Space, experiment, native, odd, run,
 
 
 class Given(Strategy):
-    """Submits the given samples and waits for them; interrupts itself after some, if told so."""
+    """Submits the given samples and may wait for them; interrupts itself after some, if told so."""
 
-    def __init__(self, samples, interrupt_after=None, watch=None):
+    def __init__(self, samples, interrupt_after=None, watch=None, waits=True):
         super().__init__()
         self.samples, self.interrupt_after, self.watch = samples, interrupt_after, watch
-        self.submitted = 0
+        self.waits, self.submitted = waits, 0
 
     def _run(self):
         for sample in self.samples[self.submitted :]:
@@ -39,7 +40,8 @@ class Given(Strategy):
             if self.submitted == self.interrupt_after:
                 self.watch()
                 raise KeyboardInterrupt
-        self.engine.wait_models()
+        if self.waits:
+            self.engine.wait_models()
 
     def state_dict(self):
         return {"submitted": self.submitted}
@@ -112,19 +114,27 @@ def test_a_listener_that_raises_takes_nothing_from_the_others(fleet, tmp_path, n
     assert "a fault of the listener" in nni_log.text
 
 
-def test_middlewares_see_every_event_once(fleet, tmp_path):
+def late(model):
+    """Ends when NNI's middlewares do not wait any more."""
+    time.sleep(1.5)
+    odd(model)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_middlewares_see_every_event_once(fleet, tmp_path, waits):
     retried = run(
-        Chain(Given(widths(6, 8)), FailureHandler(retry_patience=2)), odd, tmp_path, fleet=fleet
-    )
+        Chain(Given(widths(6, 8), waits=waits), FailureHandler(retry_patience=2)), late, tmp_path,
+        fleet=fleet,
+    )  # fmt: skip
     assert [c.sample["width"] for c in retried.candidates()].count(6) == 3
     assert [m.status.value for m in retried._engine.list_models()] == ["failed", "trained"]
     averaged = run(
         Chain(
-            Given(widths(2, 8)),
+            Given(widths(2, 8), waits=waits),
             Filter(lambda model: model.sample["width"] > 2, metric_for_invalid=-1.0),
             MultipleEvaluation(2),
         ),
-        tell, tmp_path, fleet=fleet,
+        late, tmp_path, fleet=fleet,
     )  # fmt: skip
     models = list(averaged.strategy.list_models(sort=False))
     assert [(m.status.value, m.metric) for m in models] == [("trained", 8.0), ("invalid", -1.0)]
