@@ -7,6 +7,9 @@ can be; the allocation is the resource manager's choice. The fleet gets as its b
 Ray has cost with the same seed, and as its deadline the time that it took. Ray's cluster and the
 platform are up, and Tune and the resource manager imported, before the clock starts.
 
+Jobs save their state with every report. So do the trials of plain Ray here, as Ray's documentation
+has it (``tune.report(metrics, checkpoint=...)``), or a trial could not go on after a crash.
+
 Plain Ray costs what functions of 1,769 MB would, from the start of each trial to its end: the start
 of its actor is not counted, nor a CPU that waits. *Driver* is the CPU time of the process that runs
 Tune, per result: on functions it holds the fleet as well.
@@ -44,12 +47,19 @@ SLACK = 10.0 if common.QUICK else 1.0
 
 
 class Told(Session):
-    """A training outside of any fleet whose reports go to Ray Tune."""
+    """A training outside of any fleet whose reports and states go to Ray Tune."""
+
+    def prepare(self, *objects, **options):
+        self.state = objects
+        return super().prepare(*objects, **options)
 
     def report(self, **metrics):
+        import torch
         from ray import tune
 
-        tune.report(metrics)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save([each.state_dict() for each in self.state], Path(folder, "state.pt"))
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def in_an_actor(config):

@@ -7,7 +7,7 @@ occasions to look at the job's allocation again:
 |---|---|
 | ``workload`` | the model or the batch size is another one, at once |
 | ``measured`` | the first iterations of a generation have been measured |
-| ``progress`` | at every tenth of the job: what was spared so far may be used now |
+| ``progress`` | at every tenth of the job, with pauses: what was spared so far may be used now |
 | ``forecast`` | it is expected to reach its target at another epoch than at the last decision |
 | ``drift`` | iterations take another time than the last decision was based on |
 | ``share`` | the job may take more functions, or is asked to give some back; a few jobs at a time |
@@ -59,8 +59,10 @@ MEASURED_ITERATIONS, MEASURED_LEAST_S = 3, 1.0
 MEASURED_S = 2.0
 #: Features that are off by no more than this share are those of the same model.
 ALIKE = 0.1
-#: Shares of a job after which it is looked at again.
+#: Shares of a job after which it is looked at again, so long after the last time, in seconds: of a
+#: job that takes little there is little to save.
 MILESTONES = tuple(tenth / 10 for tenth in range(1, 10))
+PROGRESS_PAUSE_S = 2.0
 #: When functions have become free or are waited for, so many jobs are looked at, ...
 SHARE_JOBS = 4
 #: ... and not more often than this, in seconds.
@@ -228,7 +230,8 @@ class Adaptation:
             job.other_share = event.other_share
         occasion = self._measure(job, generation, event) if event.chunk else ""
         milestones = bisect_right(MILESTONES, _share_done(job))
-        if milestones > job.milestones:
+        rested = self._clock.monotonic() >= job.reviewed_s + PROGRESS_PAUSE_S
+        if milestones > job.milestones and rested:
             job.milestones = milestones
             if _enough(generation):  # else it is looked at soon
                 occasion = occasion or "progress"

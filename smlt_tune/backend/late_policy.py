@@ -123,7 +123,8 @@ def resource_manager(
             "pip install 'smlt-tune[gp]'"
         )
         return PinnedOrDefault()
-    importlib.import_module("gpytorch")  # the slow part: here, not in the middle of a decision
+    for slow in ("gpytorch", "scipy.special"):  # here, not in the middle of a decision
+        importlib.import_module(slow)
     from smlt_tune.backend.platform_tables import platform_table, shipped_table, user_home
     from smlt_tune.backend.resource_manager.manager import ResourceManager
 

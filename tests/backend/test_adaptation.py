@@ -4,6 +4,7 @@ import pytest
 
 from smlt_tune.backend.adaptation import (
     MILESTONES,
+    PROGRESS_PAUSE_S,
     REVIEW_PAUSE_S,
     SHARE_JOBS,
     SHARE_PAUSE_S,
@@ -389,6 +390,7 @@ def test_decisions_are_recorded_with_their_reasons(world, policy):
 def test_that_a_generation_stays_is_recorded_once(world, policy):
     quiet(world, policy)
     for left in (700, 500, 300):
+        world.after(PROGRESS_PAUSE_S)
         measured(world, 20, left=left)
         look(world)
     assert len(policy.asked) == 3
@@ -426,6 +428,7 @@ def model_grows(world):
 
 
 def milestone(world):
+    world.after(PROGRESS_PAUSE_S)
     measured(world, 1, left=1000 - round(1000 * MILESTONES[1]))
 
 
@@ -468,6 +471,18 @@ OCCASIONS = {
     near_the_time_limit: "time limit",
     another_ends: "share",
 }
+
+
+def test_a_short_job_is_not_looked_at_for_every_tenth(world, policy):
+    quiet(world, policy)
+    for tenth in range(1, 5):
+        measured(world, 1, left=1000 - 100 * tenth)
+        look(world)
+    assert not policy.asked
+    world.after(PROGRESS_PAUSE_S)
+    measured(world, 1, left=590)
+    look(world)
+    assert len(policy.asked) == 1
 
 
 @pytest.mark.parametrize("what", OCCASIONS)

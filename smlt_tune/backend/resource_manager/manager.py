@@ -125,6 +125,9 @@ class ResourceManager:
         with self._lock:
             outlook = self._outlook(facts, current)
             stay = outlook.index(current)
+            if outlook.ends_first:
+                why_not = "it will have ended before other functions have started"
+                return Decision(current, why_not, outlook.evidence(stay))
             if facts.functions is not None and facts.bounds.workers is None:
                 outlook.restrict(outlook.workers <= max(facts.functions, facts.bounds.min_workers))
             best = outlook.best()

@@ -189,9 +189,14 @@ class Knowledge:
         return float(np.median(seen[:16])) if seen else self.facts.start_s or self.table.start_s
 
     def hold_up_s(self) -> float:
-        """For how long a hand-over holds up training."""
-        seen = [p.hold_up_s for p in self.near if p.hold_up_s > 0]
-        return float(np.median(seen[:16])) if seen else HOLD_UP_S
+        """For how long a hand-over holds up training: the job itself, or the nearest siblings.
+
+        It depends on the size of the model more than anything else.
+        """
+        seen = [p for p in self.near if p.hold_up_s > 0]
+        own = [p for p in seen if p.job_id == self.facts.job_id]
+        alike = [p.hold_up_s for p in own or seen[:4]]
+        return float(np.median(alike)) if alike else HOLD_UP_S
 
 
 def _is_split(profile: Profile) -> bool:
@@ -230,6 +235,8 @@ class Outlook:
         self._others = np.zeros(size, dtype=bool)  # those that the job would have to move to
         if current is not None:
             self._others = ~self._same(current)
+        # Whether the job, where it is, will have ended before other functions could take over.
+        self.ends_first = False
         self._terms = self._job_terms(current)
         self.time_s = self._terms.time_s(np.exp(self._mean))
         self.cost_usd = self._terms.cost_usd(np.exp(self._mean))
@@ -265,6 +272,7 @@ class Outlook:
         iteration_s = float(np.exp(self._mean[stay])) * (1.0 + whole.other_share)
         left = whole.iterations[stay]
         meanwhile = min(whole.start_s / iteration_s, left)
+        self.ends_first = bool(meanwhile == left) and self._measurable()
         usd_per_s = self.workers * self.memory_mb / 1024.0 * whole.gb_second_usd
         together = meanwhile * iteration_s * usd_per_s[stay]
         together += whole.hold_up_s * (usd_per_s[stay] + usd_per_s)

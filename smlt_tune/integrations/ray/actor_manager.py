@@ -22,6 +22,8 @@ from smlt_tune.runtime.clock import SYSTEM_CLOCK
 
 #: With actors of Ray about, or with trials that wait to be let in, look at both this often, s.
 SLICE_S = 0.01
+#: The same while the fleet is full: the first of them stands in the fleet's own queue already.
+FULL_SLICE_S = 0.1
 
 
 class VirtualActorManager(RayActorManager):
@@ -119,7 +121,9 @@ class VirtualActorManager(RayActorManager):
             left_s = None if ends_s is None else max(0.0, ends_s - SYSTEM_CLOCK.monotonic())
             actors, wait_s = self._has_actors, left_s
             if actors or self._waiting:
-                wait_s = SLICE_S if left_s is None else min(SLICE_S, left_s)
+                full = self._entrance.queued and not actors
+                slice_s = FULL_SLICE_S if full else SLICE_S
+                wait_s = slice_s if left_s is None else min(slice_s, left_s)
             if event := self._inbox.get(0.0 if actors else wait_s):
                 event()
                 return True

@@ -18,6 +18,11 @@ class Entrance:
     def __init__(self) -> None:
         self._entering: list[VirtualTrial] = []
 
+    @property
+    def queued(self) -> bool:
+        """Whether one of them has asked the fleet for functions, which has none free."""
+        return any(trial.queued for trial in self._entering)
+
     def open(self, inside: Iterable[VirtualTrial]) -> bool:
         """Whether one more may enter.
 
@@ -27,7 +32,7 @@ class Entrance:
         self._entering = [trial for trial in self._entering if trial.entering]
         if not self._entering:
             return True
-        if len(self._entering) >= AT_ONCE or any(trial.queued for trial in self._entering):
+        if len(self._entering) >= AT_ONCE or self.queued:
             return False
         limit = self._entering[0].fleet.platform.limits.functions
         return sum(trial.workers for trial in inside) < limit

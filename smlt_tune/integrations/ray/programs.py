@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pickle
 import tempfile
 from collections.abc import Callable
 from numbers import Number
@@ -25,6 +26,23 @@ _FILLED_IN = (
 #: Beside the files of a class trainable: the counts that go with them.
 _COUNTS_FILE = "smlt_trainable.json"
 _COUNTS = ("training_iteration", "time_total_s", "timesteps_total", "episodes_total")
+
+
+class Pickled:
+    """A program that was pickled once for all trials of a trainable.
+
+    Args:
+        content: What cloudpickle has made of it.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def __call__(self, trial: Trial) -> None:
+        """Runs it."""
+        # A part of what was unpickled just now, whose SHA-256 was checked.
+        program: Program = pickle.loads(self._content)
+        program(trial)
 
 
 class FunctionProgram:

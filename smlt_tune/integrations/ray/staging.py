@@ -16,7 +16,7 @@ from ray.tune.trainable import FunctionTrainable, Trainable
 
 from smlt_tune.backend.artifact_manager import pickled
 from smlt_tune.integrations.ray.object_refs import refuse_object_refs
-from smlt_tune.integrations.ray.programs import ClassProgram, FunctionProgram, Program
+from smlt_tune.integrations.ray.programs import ClassProgram, FunctionProgram, Pickled, Program
 from smlt_tune.integrations.ray.trial_request import sending_to_functions
 
 
@@ -60,14 +60,20 @@ def _stage(trainable: type[Trainable]) -> Staged:
         users_class, parameters = _class_of(trainable)
         content = pickled(users_class, "the trainable")
         refuse_object_refs(users_class, parameters, content)
-        return Staged(ClassProgram(users_class, parameters), keeps_files=True, is_class=True)
+        program = _once(ClassProgram(users_class, parameters))
+        return Staged(program, keeps_files=True, is_class=True)
     function, parameters = _function_of(trainable)
     content = pickled(function, "the training function")
     refuse_object_refs(function, parameters, content)
     keeps_files = b"smlt_tune" not in content
     call = functools.partial(function, **parameters) if parameters else function
-    program = FunctionProgram(call, keeps_files=keeps_files)
+    program = _once(FunctionProgram(call, keeps_files=keeps_files))
     return Staged(program, keeps_files=keeps_files, is_class=False)
+
+
+def _once(program: Program) -> Program:
+    """The program, pickled now for all its trials, as Ray does, and not again for each."""
+    return Pickled(pickled(program, "the trainable"))
 
 
 def _function_of(trainable: type[FunctionTrainable]) -> tuple[Callable[..., Any], dict[str, Any]]:

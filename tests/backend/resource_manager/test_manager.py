@@ -298,6 +298,9 @@ def test_a_job_gives_functions_back_that_others_need():
     assert "other jobs" in decision.reason
     pinned = running(fast, Fastest(), functions=6, bounds=Bounds(workers=20))
     assert policy.review(pinned).allocation.workers == 20
+    ending = policy.review(running(fast, Fastest(), left=2, functions=6))
+    assert stays(ending, fast)  # it ends before others could take over
+    assert "ended before" in ending.reason
 
 
 def test_a_budget_at_risk_makes_a_job_smaller():
