@@ -65,7 +65,7 @@ class Sizes:
         return {"train_samples": self.train_samples, "test_samples": self.test_samples}
 
 
-FULL = Sizes(3, 48, 9, 0.018, 3000, 1000)
+FULL = Sizes(3, 48, 9, 0.009, 3000, 1000)
 TINY = Sizes(1, 4, 3, 0.01, 300, 200)
 
 

@@ -18,6 +18,10 @@ is expected to cost no more than is left: the Lagrangian of "least expected time
 within the budget". Trials that are likely to end at the next rung get what is cheap, survivors what
 is fast. What is expected is corrected by what the segments so far have cost.
 
+All trials share the platform's functions, and one that takes more than its share makes others wait:
+so no option has more workers than there are functions for each of the trials that run at once. When
+fewer run in the end, the survivors may have more.
+
 A trial that is new has p = 1 / f. One that was at the quantile u (0 is the best) of a rung of which
 f^-1 have gone on has
 
@@ -141,14 +145,25 @@ class Promotions:
         trials: How many will begin.
         options: What a trial takes for a share of its training.
         budget_usd: For all of them, USD.
+        functions: How many there are for all of them; None for any number.
+        parallel: How many run at once.
     """
 
     def __init__(
-        self, schedule: Schedule, trials: int, options: OptionsOf, budget_usd: float
+        self,
+        schedule: Schedule,
+        trials: int,
+        options: OptionsOf,
+        budget_usd: float,
+        *,
+        functions: int | None = None,
+        parallel: int = 1,
     ) -> None:
         self._factor, self._maximize = schedule.factor, schedule.maximize
         self._last = len(schedule.rungs) - 1
-        self._options = [lower_hull(options(schedule.share(k))) for k in range(self._last + 1)]
+        self._options = [list(options(schedule.share(k))) for k in range(self._last + 1)]
+        self._hulls: dict[int | None, list[list[Option]]] = {}
+        self._functions, self._parallel = functions, parallel
         self._to_come = [trials / schedule.factor**k for k in range(self._last + 1)]
         self._results: list[list[float]] = [[] for _ in schedule.rungs]
         self._budget_usd = budget_usd
@@ -199,16 +214,34 @@ class Promotions:
         """An allocation for segment k of a trial that goes on at its end with the chance p."""
         dearer = self._measured_usd / self._expected_usd if self._expected_usd else 1.0
         running = sum(segment.expected_usd for segment in self._running.values())
+        hulls = self._affordable(k)
         left_usd = (self._budget_usd - self._measured_usd) / dearer - running
         to_come = [
             (number, self._weight(i, 1.0 / self._factor), options)
-            for i, (number, options) in enumerate(zip(self._to_come, self._options, strict=True))
+            for i, (number, options) in enumerate(zip(self._to_come, hulls, strict=True))
         ]
         price = price_of_time(to_come, left_usd)
-        chosen = best_option(self._options[k], price * self._weight(k, p))
+        chosen = best_option(hulls[k], price * self._weight(k, p))
         self._to_come[k] = max(0.0, self._to_come[k] - 1.0)
         self._running[trial] = _Segment(chosen.cost_usd, cost_usd)
         return chosen.allocation
+
+    def _affordable(self, k: int) -> list[list[Option]]:
+        """The options of each segment for a trial that begins segment k."""
+        most = None
+        if self._functions is not None:
+            beginning = math.ceil(self._to_come[0]) + (k > 0)  # this one is among them, if k is 0
+            at_once = min(self._parallel, len(self._running) + beginning)
+            most = max(1, self._functions // max(1, at_once))
+        if most not in self._hulls:
+            self._hulls[most] = [
+                lower_hull(
+                    [one for one in every if most is None or one.allocation.workers <= most]
+                    or every
+                )
+                for every in self._options
+            ]
+        return self._hulls[most]
 
     def _weight(self, k: int, p: float) -> float:
         """The w of a trial in segment k that goes on at its end with the chance p."""

@@ -75,7 +75,15 @@ def promoting(sweep: Sweep, fleet: "Fleet", say: Callable[[str], None]) -> Promo
     factor = options.get("factor", 4)
     rungs = _rungs(options.get("min_reports", 1), factor, options["max_reports"])
     schedule = Schedule(sweep.metric, sweep.maximize, tuple(rungs), factor)
-    return Promoting(Promotions(schedule, sweep.trials, predicted, sweep.budget_usd), schedule)
+    promotions = Promotions(
+        schedule,
+        sweep.trials,
+        predicted,
+        sweep.budget_usd,
+        functions=fleet.platform.limits.functions,
+        parallel=sweep.parallel,
+    )
+    return Promoting(promotions, schedule)
 
 
 def _rungs(first: int, factor: int, end: int) -> Sequence[int]:

@@ -99,3 +99,16 @@ def test_without_money_everything_is_as_cheap_as_it_can_be():
     chosen = promotions(0.5 * LEAST_USD)
     assert {chosen.begins(trial).workers for trial in range(27)} == {1}
     assert chosen.goes_on(3, 0, 0.0, 0.01).workers == 1
+
+
+def test_no_trial_takes_functions_that_others_wait_for():
+    rich = Promotions(SCHEDULE, 9, options, 100.0, functions=16, parallel=4)
+    for trial in range(9):
+        assert rich.begins(trial).workers == 4
+        if trial < 6:
+            rich.ends(trial, 0, float(trial), 0.01)
+    assert rich.goes_on(6, 0, -1.0, 0.01).workers == 4  # beside two others: 16 // 3
+    rich.ends(7, 0, 9.0, 0.01)
+    assert rich.goes_on(8, 0, -2.0, 0.01).workers == 8
+    rich.ends(6, 1, 9.0, 0.01)
+    assert rich.goes_on(8, 1, -3.0, 0.01).workers == 16  # alone
