@@ -205,7 +205,11 @@ def summary(rows):
             ]
             return {"median": statistics.median(values), "worst": max(values), "n": len(values)}
 
-        better = [each["by chance"]["loss"] - each["equal"]["loss"] for each in here]
+        better = [
+            each["by chance"]["loss"] - each["equal"]["loss"]
+            for each in here
+            if each["equal"]["finished"] and each["by chance"]["finished"]
+        ]
         found.append(
             {
                 "multiple": multiple,
