@@ -154,7 +154,7 @@ def by_optuna(sizes, seed, fleet, course, pruner):
 
 def by_sweep(sizes, seed, fleet, course):
     """What the command ``smlt sweep`` does with its file; writes its report."""
-    folder = common.RESULTS.parent / "tmp" / "overnight" / str(seed)
+    folder = real_jobs.HERE / "results" / "tmp" / "overnight" / str(seed)
     sweep = sweep_of(sizes, seed, folder)
     board = Board(sweep, fleet)
     heard = board.watch
