@@ -5,8 +5,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from smlt_tune.backend.platforms.base import PlatformLimits
 from smlt_tune.errors import BudgetExhausted, FleetClosed, JobError
 
 STEP_USD = 0.001
@@ -135,6 +137,7 @@ class FakeFleet:
     """Training functions take ``(config, job)`` and report to the job."""
 
     budget_usd: float | None = None
+    platform = SimpleNamespace(limits=PlatformLimits(128, 10_240, 900.0, concurrency=8))
 
     def __init__(self, path: Path, budget_steps: int | None = None) -> None:
         path.mkdir(exist_ok=True)

@@ -22,7 +22,6 @@ name: s
 train: code.py:train
 metric: accuracy
 trials: 6
-parallel: 1
 space: {x: {float: [0, 1]}}
 sampler: random
 """
@@ -69,16 +68,24 @@ def moved(monkeypatch):
         ("pruner: {name: hyperband, max_reports: 4}\nbudget_usd: 1\n", False),
     ],
 )
-def test_a_budget_is_divided_where_the_rungs_are_known(sweep, monkeypatch, text, divided):
+def test_a_budget_is_divided_where_the_rungs_are_known(sweep, tmp_path, monkeypatch, text, divided):
+    fleet = FakeFleet(tmp_path / "fleet")
     monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: options)
-    assert (promoting(sweep(text), None, print) is not None) == divided
+    assert (promoting(sweep(text), fleet, print) is not None) == divided
     monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: None)
-    assert promoting(sweep(text), None, print) is None
+    assert promoting(sweep(text), fleet, print) is None
+
+
+@pytest.mark.parametrize(("parallel", "place"), [(2, FAST), (3, CHEAP)])
+def test_trials_share_the_functions(sweep, tmp_path, monkeypatch, parallel, place):
+    monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: options)
+    made = sweep(f"pruner: {{name: asha, max_reports: 4}}\nbudget_usd: 99\nparallel: {parallel}\n")
+    assert promoting(made, FakeFleet(tmp_path / "fleet"), print).begins(0) == place
 
 
 def test_survivors_are_moved_once_and_those_that_end_are_not(sweep, tmp_path, monkeypatch, moved):
     monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: options)
-    made = sweep("pruner: {name: asha, factor: 2, max_reports: 4}\nbudget_usd: 0.38\n")
+    made = sweep("pruner: {name: asha, factor: 2, max_reports: 4}\nbudget_usd: 0.38\nparallel: 1\n")
     fleet = FakeFleet(tmp_path / "fleet")
     board = Board(made, fleet)
     run_sweep(made, fleet, board)
