@@ -216,7 +216,7 @@ def summary(rows):
                 "time": ratio("time_s"),
                 "best_at": ratio("best_at_s"),
                 "cost": ratio("cost_usd"),
-                "loss_difference": statistics.median(better),
+                "loss_difference": {"median": statistics.median(better), "n": len(better)},
                 "used": {
                     name: statistics.median(
                         row["methods"][name]["cost_usd"] / row["budget_usd"]
@@ -281,7 +281,7 @@ def main():
                 f"{each['time']['median']:.2f} (worst {each['time']['worst']:.2f})",
                 f"{each['best_at']['median']:.2f} (worst {each['best_at']['worst']:.2f})",
                 f"{each['cost']['median']:.2f}",
-                f"{each['loss_difference']:+.4f}",
+                f"{each['loss_difference']['median']:+.4f} (n = {each['loss_difference']['n']})",
                 " / ".join(f"{used:.2f}" for used in each["used"].values()),
                 " / ".join(f"{count:g}" for count in each["finished"].values()),
             )

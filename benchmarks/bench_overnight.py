@@ -1,6 +1,6 @@
 """A night in two minutes: one search whose budget cannot pay for all of it, by Optuna and by us.
 
-The training is examples/fashion.py (real data, networks of 2 to 90 thousand parameters), the
+The training is examples/fashion.py (real data, networks of 3 to 70 thousand parameters), the
 platform eight functions that share this machine as in real_jobs.py, billed by wall time. All three
 searches draw from the same space (with learning rates from 1e-5 to 1e-1, as by somebody who knows
 nothing of the task yet; where all configurations are good, no search is better than another) with
@@ -15,7 +15,7 @@ pays for a part of that:
 Compared is the best accuracy that any trial has reported, on images that nobody trains on; the test
 accuracy is that of the best trial that got to its last epoch, on images that nothing was chosen by.
 
-    python benchmarks/bench_overnight.py            # 3 seeds, about 15 minutes
+    python benchmarks/bench_overnight.py            # 3 seeds, about 9 minutes
     python benchmarks/bench_overnight.py --quick    # one seed, tiny: does it work?
 """
 
@@ -43,6 +43,7 @@ from smlt_tune.backend.sweeps.report import write
 from smlt_tune.backend.sweeps.sweep import load
 from smlt_tune.errors import JobError
 from smlt_tune.integrations import optuna as smlt_optuna
+from smlt_tune.integrations.optuna.samplers import suggest
 from smlt_tune.integrations.optuna.sweeps import run_sweep
 
 ARMS = ("Optuna", "Optuna, ASHA", "smlt sweep")
@@ -93,21 +94,8 @@ class Course:
                 self.points.append((time.monotonic() - self.began_s, accuracy))
 
 
-def config_of(sizes, trial):
-    """What plain Optuna suggests: the space of the sweep file."""
-    return {
-        "depth": trial.suggest_int("depth", 1, 3),
-        "width": trial.suggest_categorical("width", [4, 8, 16]),
-        "kernel": trial.suggest_categorical("kernel", [3, 5]),
-        "lr": trial.suggest_float("lr", 1e-5, 1e-1, log=True),
-        "batch_size": trial.suggest_categorical("batch_size", [32, 64, 128]),
-        "epochs": sizes.epochs,
-        **sizes.data,
-    }
-
-
 def sweep_of(sizes, seed, folder):
-    """The sweep file."""
+    """The sweep file; all searches have their space from it."""
     document = {
         "name": "night",
         "train": f"{Path(fashion.__file__)}:train",
@@ -133,29 +121,28 @@ def sweep_of(sizes, seed, folder):
     return load(path)
 
 
-def by_optuna(sizes, seed, fleet, course, pruner):
+def by_optuna(sweep, fleet, course, pruner):
     """Fixed allocations."""
 
     def objective(trial):
+        config = sweep.config_of(suggest(trial, sweep.space))
         outcome = smlt_optuna.run(
-            trial, fashion.train, config_of(sizes, trial), fleet=fleet, metric="accuracy",
-            workers=WORKERS, memory_mb=LARGEST_MB, seed=seed, lockstep=True, first_step=1,
+            trial, sweep.train, config, fleet=fleet, metric=sweep.metric,
+            workers=WORKERS, memory_mb=LARGEST_MB, seed=sweep.seed, lockstep=True, first_step=1,
             watch=course.heard,
         )  # fmt: skip
-        return outcome.metrics["accuracy"]
+        return outcome.metrics[sweep.metric]
 
-    sampler = optuna.samplers.TPESampler(seed=seed)
+    sampler = optuna.samplers.TPESampler(seed=sweep.seed)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
     smlt_optuna.optimize(
-        study, objective, n_trials=sizes.trials, fleet=fleet,
+        study, objective, n_trials=sweep.trials, fleet=fleet,
         max_parallel=real_jobs.CONCURRENCY // WORKERS, catch=(JobError,),
     )  # fmt: skip
 
 
-def by_sweep(sizes, seed, fleet, course):
+def by_sweep(sweep, fleet, course):
     """What the command ``smlt sweep`` does with its file; writes its report."""
-    folder = real_jobs.HERE / "results" / "tmp" / "overnight" / str(seed)
-    sweep = sweep_of(sizes, seed, folder)
     board = Board(sweep, fleet)
     heard = board.watch
 
@@ -166,21 +153,22 @@ def by_sweep(sizes, seed, fleet, course):
     board.watch = watch
     run_sweep(sweep, fleet, board)
     board.close("the sweep ended")
-    write(board, fleet, folder / "report")
+    write(board, fleet, sweep.path.parent / "report")
 
 
 def search(cloud, arm, sizes, seed):
     """One search to its end; what it found and took."""
+    sweep = sweep_of(sizes, seed, real_jobs.HERE / "results" / "tmp" / "overnight" / str(seed))
     ours = arm == ARMS[2]
     told = {"metric": "accuracy", "mode": "max"} if ours else {}
     with Fleet(platform=cloud.platform, budget_usd=sizes.budget_usd, **told) as fleet:
         course = Course()
         if ours:
-            by_sweep(sizes, seed, fleet, course)
+            by_sweep(sweep, fleet, course)
         else:
             halving = optuna.pruners.SuccessiveHalvingPruner(reduction_factor=FACTOR)
             pruner = halving if arm == ARMS[1] else optuna.pruners.NopPruner()
-            by_optuna(sizes, seed, fleet, course, pruner)
+            by_optuna(sweep, fleet, course, pruner)
         wall_s = time.monotonic() - course.began_s
         jobs = fleet.jobs()
         outcomes = [job.result(0.0) for job in jobs if job.status in ("finished", "stopped")]
@@ -266,10 +254,8 @@ def main(sizes):
     common.save(
         "overnight",
         facts,
-        {
-            **asdict(sizes), "medians": medians, "claims": claims, "runs": runs,
-        },
-    )  # fmt: skip
+        {**asdict(sizes), "medians": medians, "claims": claims, "runs": runs},
+    )
     draw(runs, sizes, facts)
 
 

@@ -235,8 +235,6 @@ class Outlook:
         self._others = np.zeros(size, dtype=bool)  # those that the job would have to move to
         if current is not None:
             self._others = ~self._same(current)
-        # Whether the job, where it is, will have ended before other functions could take over.
-        self.ends_first = False
         self._terms = self._job_terms(current)
         self.time_s = self._terms.time_s(np.exp(self._mean))
         self.cost_usd = self._terms.cost_usd(np.exp(self._mean))
@@ -272,7 +270,6 @@ class Outlook:
         iteration_s = float(np.exp(self._mean[stay])) * (1.0 + whole.other_share)
         left = whole.iterations[stay]
         meanwhile = min(whole.start_s / iteration_s, left)
-        self.ends_first = bool(meanwhile == left) and self._measurable()
         usd_per_s = self.workers * self.memory_mb / 1024.0 * whole.gb_second_usd
         together = meanwhile * iteration_s * usd_per_s[stay]
         together += whole.hold_up_s * (usd_per_s[stay] + usd_per_s)
@@ -284,6 +281,12 @@ class Outlook:
             before_usd=np.where(others, together, 0.0),
             starts=np.where(others, 1.0, 0.0),
         )
+
+    @property
+    def ends_first(self) -> bool:
+        """Whether the job, where it is, will have ended before other functions could take over."""
+        left = self._terms.iterations[self._others]
+        return bool(len(left)) and not left.any() and self._measurable()
 
     def restrict(self, mask: NDArray[np.bool_]) -> None:
         """Leaves out what the mask leaves out."""

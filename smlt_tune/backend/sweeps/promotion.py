@@ -214,7 +214,7 @@ class Promotions:
         """An allocation for segment k of a trial that goes on at its end with the chance p."""
         dearer = self._measured_usd / self._expected_usd if self._expected_usd else 1.0
         running = sum(segment.expected_usd for segment in self._running.values())
-        hulls = self._affordable(k)
+        hulls = self._within_share(k)
         left_usd = (self._budget_usd - self._measured_usd) / dearer - running
         to_come = [
             (number, self._weight(i, 1.0 / self._factor), options)
@@ -226,8 +226,12 @@ class Promotions:
         self._running[trial] = _Segment(chosen.cost_usd, cost_usd)
         return chosen.allocation
 
-    def _affordable(self, k: int) -> list[list[Option]]:
-        """The options of each segment for a trial that begins segment k."""
+    def _within_share(self, k: int) -> list[list[Option]]:
+        """The options of each segment that leave the other trials their functions.
+
+        Args:
+            k: The segment that the trial is about to begin.
+        """
         most = None
         if self._functions is not None:
             beginning = math.ceil(self._to_come[0]) + (k > 0)  # this one is among them, if k is 0
