@@ -150,7 +150,7 @@ ledger = Ledger(
 )
 truth = {entry.entry_id: 0.01 * entry.reserved_usd for entry in known}
 ledger.restore(known, settle_at=truth)
-held, number = [], len(known)
+held, number = [], max((int(entry_id) for entry_id in truth), default=0)
 while True:
     number += 1
     if held and chance.random() < 0.5:

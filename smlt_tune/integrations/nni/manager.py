@@ -14,6 +14,8 @@ from smlt_tune.runtime.clock import SYSTEM_CLOCK, Clock
 TIMEOUT_S = 60.0
 #: Pause between questions, seconds.
 _PAUSE_S = 0.1
+#: How NNI stores that a trial of an earlier manager will be started again, but is not yet.
+_TO_BE_RESUMED = "ADD_RESUMED"
 
 
 class ManagerGone(SmltError):
@@ -39,28 +41,37 @@ class ManagedTrial:
         self._clock = clock
         self._parameter_id: Any = None
         self._intermediates = 0
-        self._known: dict[str, int] = {}
+        self._known: set[tuple[str, int]] = set()
 
     def parameters(self) -> Any:
         """What the tuner has generated for this trial; waits until the manager knows it.
 
         That mends two faults. The manager starts a trial before it registers it, and drops what
-        trials report that it does not know. And it gives parameters to whoever asks first: trials
-        that start in another order than they were made would train each other's.
+        trials report that it does not know; it registers those that it resumes, whose parameters
+        it has stored, no sooner. And it gives parameters to whoever asks first: trials that start
+        in another order than they were made would train each other's.
 
         Raises:
             ManagerGone: It is not there, or does not get to know the trial.
         """
         until = self._clock.monotonic() + TIMEOUT_S
-        while not (found := self._get(f"trial-jobs/{self._trial}").get("hyperParameters")):
+        while not (found := self._stored_parameters()):
             if self._clock.monotonic() > until:
                 raise ManagerGone(f"NNI's manager does not know the trial {self._trial}")
             self._clock.sleep(_PAUSE_S)
-        record = nni.load(found[0])
+        record = nni.load(found)
         self._parameter_id = record["parameter_id"]
-        for metric in self._get(f"metric-data/{self._trial}") or ():  # before it was resumed
-            self._known[metric["type"]] = self._known.get(metric["type"], 0) + 1
+        before_resumed = self._get(f"metric-data/{self._trial}") or ()
+        self._known = {(metric["type"], metric["sequence"]) for metric in before_resumed}
         return record["parameters"]
+
+    def _stored_parameters(self) -> str | None:
+        """Parameters of a trial that the manager has registered; None of any other."""
+        trial = self._get(f"trial-jobs/{self._trial}")
+        if trial.get("status") == _TO_BE_RESUMED or not trial.get("hyperParameters"):
+            return None
+        parameters: str = trial["hyperParameters"][0]
+        return parameters
 
     def report(self, metric: Metric) -> None:
         """Passes a metric on, unless the manager has had it from an earlier driver.
@@ -70,7 +81,7 @@ class ManagedTrial:
         """
         kind, sequence = ("FINAL", 0) if metric.final else ("PERIODICAL", self._intermediates)
         self._intermediates += not metric.final
-        if sequence < self._known.get(kind, 0):
+        if (kind, sequence) in self._known:
             return
         content = {
             "parameter_id": self._parameter_id,

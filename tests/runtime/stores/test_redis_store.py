@@ -14,6 +14,7 @@ from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.errors import InvalidInput, StorageFull, StoreUnavailable
 from smlt_tune.runtime.stores.opening import open_parameter_store
 from smlt_tune.runtime.stores.redis_store import RedisStore
+from tests.clocks import FakeClock
 from tests.conftest import eventually
 from tests.contracts.parameter_store import ParameterStoreContract
 
@@ -46,24 +47,6 @@ class TestRedis62(_OverServer):
     @pytest.fixture
     def url(self, redis62):
         return redis62.url
-
-
-class FakeClock:
-    """Sleeps at once."""
-
-    def __init__(self):
-        self.now = 0.0
-        self.slept = []
-
-    def monotonic(self):
-        return self.now
-
-    def wall(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.slept.append(seconds)
-        self.now += seconds
 
 
 class Proxy:

@@ -15,6 +15,7 @@ from smlt_tune.errors import (
 )
 from smlt_tune.runtime.stores.opening import open_object_store
 from smlt_tune.runtime.stores.s3 import S3Store
+from tests.clocks import FakeClock
 from tests.contracts.faulty_s3 import FaultyHandler, faulty_s3
 from tests.contracts.object_store import ObjectStoreContract
 
@@ -83,24 +84,6 @@ class TestMiniStack(_OverServer):
     @pytest.fixture
     def endpoint(self, ministack):
         return ministack
-
-
-class FakeClock:
-    """Sleeps at once."""
-
-    def __init__(self):
-        self.now = 0.0
-        self.slept = []
-
-    def monotonic(self):
-        return self.now
-
-    def wall(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.slept.append(seconds)
-        self.now += seconds
 
 
 PASSING = ["SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "TooManyRequests"]
