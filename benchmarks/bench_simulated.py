@@ -33,7 +33,7 @@ from smlt_tune.backend.platforms.simulated import (  # noqa: E402
 )
 from smlt_tune.backend.resource_manager.policy import PinnedOrDefault  # noqa: E402
 from smlt_tune.backend.resource_manager.tables import StoreTable  # noqa: E402
-from smlt_tune.backend.simulated_fleet import SimulatedFleet  # noqa: E402
+from smlt_tune.backend.simulated_fleet import SimulatedFleet, without_collections  # noqa: E402
 from smlt_tune.backend.sweeps.halving import run_halving  # noqa: E402
 from smlt_tune.backend.sweeps.halving_rules import Schedule  # noqa: E402
 from smlt_tune.backend.sweeps.stage_allocations import (  # noqa: E402
@@ -118,14 +118,15 @@ def run(trials, kind, method):
         hang_timeout_s=600.0,
         tick_s=10.0,
     )
-    result = run_halving(
-        fleet,
-        describer(options, EPOCHS * count),
-        rates,
-        schedule=schedule,
-        allocations=allocations,
-        on_stage=lambda stage: plans.append(stage.plan),
-    )
+    with without_collections():
+        result = run_halving(
+            fleet,
+            describer(options, EPOCHS * count),
+            rates,
+            schedule=schedule,
+            allocations=allocations,
+            on_stage=lambda stage: plans.append(stage.plan),
+        )
     wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
     case = {
         "trials": trials,

@@ -65,7 +65,7 @@ ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.015
 #: Noise of a time of computation: where it ends and waiting begins differs from the model.
 COMPUTATION_NOISE = 0.1
 #: A measurement that lies so many standard deviations above what the others say is a straggler,
-#: unless it is the job's own, of so many iterations or more: then that is its pace.
+#: unless it is the job's own, and of so many iterations or all that is known of its pace.
 STRAGGLER_Z, OWN_PACE = 2.5, 20
 _STEPS = 4
 _JITTER = 1e-8
@@ -310,8 +310,10 @@ class GaussianProcess:
         """Adds noise to what is far slower than the other measurements say (leave one out)."""
         inverse = torch.cholesky_inverse(self._factor).diagonal().numpy()
         z = self._weights.numpy() / np.sqrt(inverse)
-        own = (self._measured.trials == 0) & (self._measured.iterations >= OWN_PACE)
-        slow = (z > STRAGGLER_Z) & ~own
+        own = self._measured.trials == 0
+        alone = (own & self._measured.whole).sum() == 1
+        believed = own & (alone | (self._measured.iterations >= OWN_PACE))
+        slow = (z > STRAGGLER_Z) & ~believed
         self._noise = self._noise + np.where(slow, (z / np.sqrt(inverse)) ** 2, 0.0)
         return bool(slow.any())
 

@@ -24,7 +24,7 @@ from smlt_tune.backend.platforms.simulated import (
 from smlt_tune.backend.resource_manager.manager import ResourceManager
 from smlt_tune.backend.resource_manager.observations import Allocation, Option, Workload
 from smlt_tune.backend.resource_manager.policy import Bounds, JobFacts, PinnedOrDefault
-from smlt_tune.backend.simulated_fleet import SimulatedFleet
+from smlt_tune.backend.simulated_fleet import SimulatedFleet, without_collections
 from smlt_tune.backend.sweeps.halving import run_halving
 from smlt_tune.backend.sweeps.halving_rules import Schedule, geometric
 from smlt_tune.backend.sweeps.plan import Sample, SweepPlan
@@ -98,14 +98,15 @@ def simulate_sweep(
         pace_spread=PACE_SPREAD,
         progress_s=_PROGRESS_S,
     )
-    with SimulatedFleet(
+    fleet = SimulatedFleet(
         SimulatedPlatform(options),
         budget_usd=sweep.budget_usd,
         deadline_s=sweep.deadline_s,
         policy=PinnedOrDefault(),
         hang_timeout_s=_HANG_S,
         tick_s=_TICK_S,
-    ) as fleet:
+    )
+    with without_collections(), fleet:
         run = _Simulation(sweep, drawn, policy, limits, seed)
         notes = run.in_stages(fleet) if sweep.stages else run.side_by_side(fleet)
         fleet.run_until_idle()
