@@ -169,6 +169,7 @@ def _terms(model, epochs, places, stores):
         other_share=0.0,
         start_s=TABLE.start_s,
         hold_up_s=HOLD_UP_S,
+        end_s=0.0,
         before_s=TABLE.start_s + load_s(model, n),
         before_usd=n * m / 1024 * gb_second * load_s(model, n),
         starts=np.ones(len(places)),

@@ -267,6 +267,15 @@ class Adaptation:
             self._due.setdefault(job.job_id, "forecast")
         return False
 
+    def finished(self, job: Record, generation: Generation, event: wire.Finished) -> None:
+        """It has trained to its end: only now is known what it did besides, and after that."""
+        measurement = job.measurements.get(_key(job.workload, generation))
+        if event.other_share is not None:
+            job.other_share = event.other_share
+        if measurement is not None:
+            measurement.other_share, measurement.end_s = job.other_share, event.end_s
+            measurement.kept = 0
+
     def generation_over(self, job: Record, generation: Generation) -> None:
         """Its functions are gone: what was measured is kept for the siblings."""
         for measurement in list(job.measurements.values()):
@@ -305,7 +314,7 @@ class Adaptation:
             )
         measurement = job.measurements[key]
         measurement.add(event.chunk, event.iteration_s, event.sync_s)
-        measurement.other_share = job.other_share or 0.0
+        measurement.other_share = job.other_share
         measurement.start_s = generation.start_s
         measurement.hold_up_s = max(0.0, generation.gap_s - event.iteration_s)
         measurement.peak_mb = max(measurement.peak_mb, generation.peak_mb)

@@ -37,7 +37,8 @@ class Measurement:
         self._basis_s = 0.0
         self.iterations = 0
         self.kept = 0
-        self.other_share = 0.0
+        self.other_share: float | None = None
+        self.end_s: float | None = None
         self.start_s = self.hold_up_s = 0.0
         self.peak_mb = 0.0
 
@@ -91,6 +92,7 @@ class Measurement:
             other_share=self.other_share,
             start_s=self.start_s,
             hold_up_s=self.hold_up_s,
+            end_s=self.end_s,
             peak_mb=self.peak_mb,
         )
 

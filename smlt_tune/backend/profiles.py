@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE = "profiles.sqlite3"
 #: Most profiles that are returned: more siblings than a decision ever looks at.
 NEWEST = 5_000
@@ -220,9 +220,10 @@ def _mistakes(profile: Profile, fingerprint: str) -> list[str]:
         "activation_bytes": workload.features.activation_bytes,
         "iteration_s": profile.iteration_s,
         "sync_s": profile.sync_s,
-        "other_share": profile.other_share,
+        "other_share": profile.other_share or 0.0,
         "start_s": profile.start_s,
         "hold_up_s": profile.hold_up_s,
+        "end_s": profile.end_s or 0.0,
         "peak_mb": profile.peak_mb,
     }
     if workload.iterations is not None:

@@ -591,6 +591,7 @@ class TaskScheduler:
             self._reported(job, said)
         job.checkpoint = last.checkpoint or job.checkpoint
         job.value = last.value
+        self._adaptation.finished(job, generation, last)
         self._end(job, FINISHED, kill=False)
 
     def _failed(self, job: Record, worker: Worker, event: wire.Failed) -> None:

@@ -45,6 +45,7 @@ class Pace:
     _inside_s: float = 0.0
     _all_inside_s: float = 0.0
     _all_outside_s: float = 0.0
+    _trained_s: float | None = None  # when the last training iteration ended
 
     def __post_init__(self) -> None:
         self.last_boundary_s = self.started_s
@@ -71,6 +72,8 @@ class Pace:
         self.put_aside(seconds)
         if self._epoch_s is not None:
             self._epoch_s += seconds
+        if self._trained_s is not None:
+            self._trained_s += seconds
 
     def put_aside(self, seconds: float) -> None:
         """Something took place that is no part of the training iteration under way."""
@@ -107,6 +110,7 @@ class Pace:
             self._chunk.append((took_s, self.sync_s - self._begun_sync_s))
         self._begun_s, self._begun_sync_s = now_s, self.sync_s
         self._aside_s, self._disturbed = 0.0, False
+        self._trained_s = now_s
 
     def epoch_begins(self, now_s: float, *, whole: bool) -> None:
         """An epoch begins, and the one before it has ended.
@@ -123,6 +127,12 @@ class Pace:
     def other_share(self) -> float | None:
         """Time outside of training iterations over the time inside; None if not known yet."""
         return self._all_outside_s / self._all_inside_s if self._all_inside_s else None
+
+    def end_s(self, now_s: float) -> float | None:
+        """Time since the last epoch, or since training ended in its midst; None before any."""
+        if self._trained_s is None:
+            return None
+        return now_s - max(self._trained_s, self._epoch_s or self._trained_s)
 
     def forget_chunk(self) -> None:
         """What comes is not like what was."""

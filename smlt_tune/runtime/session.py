@@ -444,6 +444,8 @@ class Session:
             checkpoint=checkpoint,
             value=value,
             reports=list(self._reports.made.values()) if self._rank == 0 else [],
+            other_share=self._pace.other_share(),
+            end_s=self._pace.end_s(self._clock.monotonic()),
         )
 
     # --- where the program is -----------------------------------------------------------------

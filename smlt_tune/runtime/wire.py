@@ -303,11 +303,16 @@ class Finished(WorkerEvent, kind="finished"):
         checkpoint: Key of the final state; None if nothing was prepared.
         value: What it returned, if that can be JSON; None otherwise.
         reports: Everything that was reported, so that none is lost with a parameter store.
+        other_share: As in :class:`Progress`, with the last epoch.
+        end_s: What it did after the last epoch, or after training ended in its midst: seconds,
+            without waiting for the client; None if this invocation has not trained.
     """
 
     checkpoint: str | None
     value: Any
     reports: list[dict[str, Any]]
+    other_share: float | None
+    end_s: float | None
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,10 @@ class World:
         self.ready(job, generation, range(workers))
         self.progress(job, generation, range(workers), at)
 
-    def finished(self, job="a", generation=0, rank=0, value=None, reports=(), incarnation=0):
+    def finished(
+        self, job="a", generation=0, rank=0, value=None, reports=(), incarnation=0,
+        other_share=None, end_s=None,
+    ):  # fmt: skip
         self.say(
             wire.Finished,
             job,
@@ -245,6 +248,8 @@ class World:
             checkpoint=None,
             value=value,
             reports=list(reports),
+            other_share=other_share,
+            end_s=end_s,
         )
 
     def save(self, job="a", at=5):

@@ -103,6 +103,18 @@ def test_chunks_become_one_profile_told_after_three_iterations_and_whenever_they
     assert last.peak_mb == 100.0
 
 
+def test_what_a_job_did_besides_is_kept_once_it_has_trained_to_its_end(world, policy):
+    submit(world)
+    world.train(workers=2)
+    world.workload()
+    measured(world, 10, 0.1)
+    assert (policy.observed[-1].other_share, policy.observed[-1].end_s) == (None, None)
+    world.finished(other_share=0.5, end_s=3.0)
+    world.end_all()
+    assert [(p.other_share, p.end_s) for p in world.profiles] == [(0.5, 3.0)]
+    assert policy.observed[-1] == world.profiles[-1]
+
+
 def test_slow_iterations_are_told_at_once(world, policy):
     submit(world)
     world.train(workers=2)

@@ -274,7 +274,8 @@ def test_all_that_a_worker_said_is_heard_before_its_end(still, valkey, monkeypat
         events = keys.FleetKeys(fleet.name).events
         said = [wire.Ready("a", 0, 0, 0)]
         said += [wire.Reported("a", 0, 0, 0, index=i, metrics={"i": i}) for i in range(10)]
-        said += [wire.Finished("a", 0, 0, 0, checkpoint=None, value=5, reports=[])]
+        said += [wire.Finished("a", 0, 0, 0, checkpoint=None, value=5, reports=[],
+                               other_share=None, end_s=None)]  # fmt: skip
         name = "a.g0.r0.i0"
         while name not in still.calls:
             threading.Event().wait(0.005)

@@ -165,7 +165,7 @@ def test_a_resize_and_a_time_limit_while_a_report_waits(tmp_path, undisturbed):
     with short, smlt.Fleet(policy=PinnedOrDefault(), platform=short) as fleet:
         job = fleet.submit(jobs.train, config(tmp_path), workers=1, lockstep=True)
         reported(job, 1)
-        eventually(lambda: len(job.allocations) == 3)  # it waits for longer than a function lives
+        eventually(lambda: len(job.allocations) >= 3)  # it waits for longer than a function lives
         job.resize(memory_mb=2048)
         eventually(lambda: job.allocation.memory_mb == 2048)
         job.acknowledge(1)
@@ -180,7 +180,8 @@ def test_the_parameter_store_restarts_while_a_report_waits(platform, tmp_path, u
             job = fleet.submit(jobs.train, config(tmp_path), workers=1, lockstep=True)
             reported(job, 1)
             os.kill(store.pid, signal.SIGKILL)
-            eventually(lambda: len(job.allocations) == 2)
+            # More than one if its function gives up before the client knows of the restart.
+            eventually(lambda: len(job.allocations) >= 2 or job._state.over)
             same(finish(job), undisturbed[1])
 
 

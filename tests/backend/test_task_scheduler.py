@@ -1320,6 +1320,7 @@ class Simulation:
             mate.sign(at, waiting=False)
             if done:
                 content = {"checkpoint": None, "value": at, "reports": []}
+                content |= {"other_share": None, "end_s": None}
                 mate.say(wire.Finished, **content)
             elif late or worker.key("leave") is not None:
                 mate.say(wire.HandedOver, checkpoint=self.world.save(spec.job, at))

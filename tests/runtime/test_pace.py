@@ -97,6 +97,22 @@ def test_other_share_is_that_of_whole_epochs():
     assert pace.other_share() == (6 + 10) / (4 + 4)
 
 
+def test_the_end_is_what_comes_after_the_last_epoch_or_the_iteration_that_broke_it_off():
+    pace = Pace(0.0)
+    assert pace.end_s(9.0) is None
+    pace.epoch_begins(0.0, whole=True)
+    pace.loop_begins(0.0)
+    assert pace.end_s(9.0) is None
+    pace.trained(2.0, whole=True)
+    assert pace.end_s(9.0) == 7.0
+    pace.held_up(4.0)
+    assert pace.end_s(9.0) == 3.0
+    pace.epoch_begins(8.0, whole=True)
+    assert pace.end_s(9.0) == 1.0
+    pace.held_up(0.5)
+    assert pace.end_s(9.0) == 0.5
+
+
 def test_waiting_for_the_client_belongs_to_no_iteration_and_no_epoch():
     pace = Pace(0.0)
     now = 0.0

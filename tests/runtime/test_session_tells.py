@@ -205,7 +205,10 @@ class Clock:
 
 
 def test_times_of_training_iterations(job):
-    """Iterations of 2 s, an evaluation of 6 s in each epoch of 4 iterations, 1 s at its end."""
+    """Iterations of 2 s, an evaluation of 6 s in each epoch of 4 iterations, 1 s at its end.
+
+    Another evaluation after the last epoch takes 5 s.
+    """
     clock = Clock()
 
     def program():
@@ -218,6 +221,7 @@ def test_times_of_training_iterations(job):
             for _ in session.batches((X, Y), 44, shuffle=False):
                 clock.sleep(6.0)
             clock.sleep(1.0)
+        clock.sleep(5.0)
 
     job.generation = 0
     job.store.put({job.names.open: b"1", job.names.start: wire.Start(None).encode()}, ttl_s=600)
@@ -231,4 +235,5 @@ def test_times_of_training_iterations(job):
     assert {(e.iteration_s, e.sync_s) for e in told} == {(2.0, 0.0)}
     assert 0 < sum(e.chunk for e in told) < 12
     assert [e.other_share for e in job.events(wire.Progress) if e.other_share is not None]
-    assert session._pace.other_share() == pytest.approx(7 / 8)
+    [last] = job.events(wire.Finished)
+    assert (last.other_share, last.end_s) == (pytest.approx(7 / 8), 5.0)

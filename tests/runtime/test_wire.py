@@ -64,7 +64,14 @@ MESSAGES = [
     wire.Requests(**WHO, puts=1, gets=2),
     wire.HandedOver(**WHO, checkpoint="key"),
     wire.HandedOver(**WHO, checkpoint=None),
-    wire.Finished(**WHO, checkpoint=None, value={"a": [1, None]}, reports=[{"x": 1}]),
+    wire.Finished(
+        **WHO,
+        checkpoint=None,
+        value={"a": [1, None]},
+        reports=[{"x": 1}],
+        other_share=0.1,
+        end_s=None,
+    ),
     wire.Failed(**WHO, error="ValueError: x", traceback="...", by_user=True, retry=False),
 ]
 

@@ -64,11 +64,13 @@ class Profile:
         iteration_s: Time per training iteration, synchronisation included, seconds.
         sync_s: Part of it that went into synchronisation, seconds.
         other_share: Time outside of training iterations (evaluation, checkpoints) over the time
-            inside.
+            inside; None if no whole epoch was seen.
         start_s: From the invocation of its functions until they trained (all were ready, and others
             had left), seconds; 0 if not known.
         hold_up_s: For how long the hand-over to them held up training: state that is saved and
             restored, cold caches; seconds, 0 if there was none.
+        end_s: What the job did after its last epoch (a last evaluation, its result), seconds; None
+            if it did not train to its end here.
         peak_mb: Highest resident memory of a worker, MB; 0 if not known.
         out_of_memory: The memory was not enough. Then ``peak_mb`` is a lower bound and there are no
             times.
@@ -80,9 +82,10 @@ class Profile:
     iterations: int
     iteration_s: float
     sync_s: float = 0.0
-    other_share: float = 0.0
+    other_share: float | None = None
     start_s: float = 0.0
     hold_up_s: float = 0.0
+    end_s: float | None = None
     peak_mb: float = 0.0
     out_of_memory: bool = False
 

@@ -180,8 +180,22 @@ class Knowledge:
         if self.facts.other_share is not None:
             return self.facts.other_share
         work = self.workload
-        seen = [p.other_share for p in self.near if p.workload.function == work.function]
+        seen = [
+            p.other_share
+            for p in self.near
+            if p.workload.function == work.function and p.other_share is not None
+        ]
         return float(np.median(seen[:8])) if seen else 0.0
+
+    def end_s(self) -> float:
+        """After the last epoch: that of the nearest siblings."""
+        work = self.workload
+        seen = [
+            p.end_s
+            for p in self.near
+            if p.workload.function == work.function and p.end_s is not None
+        ]
+        return float(np.median(seen[:4])) if seen else 0.0
 
     def start_s(self) -> float:
         """From an invocation until its worker trains."""
@@ -252,6 +266,7 @@ class Outlook:
             other_share=known.other_share(),
             start_s=start_s,
             hold_up_s=known.hold_up_s(),
+            end_s=known.end_s(),
             before_s=np.full(size, start_s),
             before_usd=np.zeros(size),
             starts=np.ones(size),

@@ -28,9 +28,10 @@ unknowns are positive (phi is below 1) and lie in a vector theta of logarithms (
 with a Gaussian prior.
 
 A job, with k = ceil(N t (1 + r) / time limit) generations of functions, each of which takes t0 to
-start; a hand-over from one to the next holds up training for th::
+start; a hand-over from one to the next holds up training for th; what comes after the last epoch
+takes te::
 
-    T = t0 + N t (1 + r) + (k - 1) th
+    T = t0 + N t (1 + r) + (k - 1) th + te
     C = n (k p_run + (T + (k - 1) t0) m / 1024 p_fn)
         + N t (1 + r) (store, by the second) + N n (3 n + 1) (store, by the request)
 
@@ -225,6 +226,7 @@ class JobTerms:
         other_share: r.
         start_s: t0; billed for every function that starts.
         hold_up_s: th.
+        end_s: te.
         before_s: What passes before these iterations, shape (p,).
         before_usd: What that costs besides the start of functions, shape (p,).
         starts: Whether functions have to start first, shape (p,): 1 or 0.
@@ -241,6 +243,7 @@ class JobTerms:
     other_share: float
     start_s: float
     hold_up_s: float
+    end_s: float
     before_s: Array
     before_usd: Array
     starts: Array
@@ -255,14 +258,14 @@ class JobTerms:
     def time_s(self, iteration_s: Array) -> Array:
         """Time to the job's end, given t; shape (p,)."""
         training = self._training_s(iteration_s)
-        return self.before_s + training + self._moves(training) * self.hold_up_s
+        return self.before_s + training + self._moves(training) * self.hold_up_s + self.end_s
 
     def cost_usd(self, iteration_s: Array) -> Array:
         """Cost to the job's end, given t; shape (p,)."""
         n, training = self.workers, self._training_s(iteration_s)
         moves = self._moves(training)
         runs = self.starts + moves
-        seconds = training + moves * self.hold_up_s + runs * self.start_s
+        seconds = training + moves * self.hold_up_s + runs * self.start_s + self.end_s
         functions = n * (
             runs * self.request_usd + seconds * self.memory_mb / 1024.0 * self.gb_second_usd
         )

@@ -82,6 +82,18 @@ def siblings(count=12, each=2, seed=0):
 EXPERIENCED = manager(siblings())
 
 
+def test_what_siblings_did_besides_and_at_their_end_is_expected_of_this_one():
+    known = siblings()
+    besides = [replace(p, other_share=0.5 if i % 2 else None) for i, p in enumerate(known)]
+    at_the_end = [replace(p, end_s=60.0 if i % 2 else None) for i, p in enumerate(known)]
+    plain, longer, later = (
+        manager(profiles).predict(facts(work=workload(iterations=200)), TWO_WORKERS).time_s.mid
+        for profiles in (known, besides, at_the_end)
+    )
+    assert longer == pytest.approx(1.5 * plain)
+    assert later == pytest.approx(plain + 60.0)
+
+
 def true_time_and_cost(work, allocation):
     time = 2.0 + work.iterations * true_s(work, allocation)
     return time, allocation.workers * allocation.memory_mb / 1024 * time * 1.66667e-5

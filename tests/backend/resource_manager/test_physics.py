@@ -124,6 +124,7 @@ def terms(**changed):
         "other_share": 0.0,
         "start_s": 2.0,
         "hold_up_s": 0.0,
+        "end_s": 0.0,
         "before_s": np.array([2.0]),
         "before_usd": np.array([0.0]),
         "starts": np.array([1.0]),
@@ -144,6 +145,8 @@ def terms(**changed):
         # 2 s of start and 100 iterations of 0.5 s, on 4 x 2 GB
         ({}, 52.0, 4 * (1e-3 + 52 * 2 * 1e-5)),
         ({"other_share": 0.2}, 62.0, 4 * (1e-3 + 62 * 2 * 1e-5)),
+        # 3 s after the last epoch
+        ({"end_s": 3.0}, 55.0, 4 * (1e-3 + 55 * 2 * 1e-5)),
         # it trains already
         ({"before_s": np.array([0.0]), "starts": np.array([0.0])}, 50.0, 4 * 50 * 2 * 1e-5),
         # it moves: it trained on for 2 s, for 0.5 USD, while new functions started

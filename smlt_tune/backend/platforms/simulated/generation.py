@@ -328,7 +328,13 @@ class SimulatedGeneration:
         for worker in self._everybody():
             first = worker.spec.rank == 0
             self._tell(
-                wire.Finished, worker, checkpoint=key, value=None, reports=metrics if first else []
+                wire.Finished,
+                worker,
+                checkpoint=key,
+                value=None,
+                reports=metrics if first else [],
+                other_share=None,
+                end_s=None,
             )
         self._dismiss()
 
