@@ -62,7 +62,7 @@ WIDTHS, HIDDEN = [2, 4, 8, 16, 32, 64], [16, 64, 256, 1024]
 IMAGES, JUDGES, BATCH = 3072, 512, 32
 CANDIDATES, SEED = 20, 0
 #: How many functions there are; each has so small a part of the machine that all fit.
-FUNCTIONS = 16
+FUNCTIONS = 8
 #: Workers and memory of the grid, and how many images are trained on in a cell of it.
 WORKERS, MEMORY_MB, CELL_IMAGES = (4, 8, 12, 16), (1280, real_jobs.LARGEST_MB), 512
 QUICK_WORKERS, QUICK_MEMORY_MB = (2, 4), (real_jobs.LARGEST_MB,)

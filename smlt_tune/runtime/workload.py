@@ -123,7 +123,9 @@ class Course:
 
     def trains(self, data: DataIterator) -> bool:
         """Whether a loop at this place is known to train."""
-        return data.epoch >= self._base and data.loop in self._loops
+        # The loops after the last epoch have the same numbers.
+        during = 0 <= data.epoch - self._base < self._epochs
+        return during and data.loop in self._loops
 
     def note(self, data: DataIterator, batch_size: BatchSize) -> None:
         """A loop that trains.

@@ -221,7 +221,8 @@ def test_times_of_training_iterations(job):
             for _ in session.batches((X, Y), 44, shuffle=False):
                 clock.sleep(6.0)
             clock.sleep(1.0)
-        clock.sleep(5.0)
+        for _ in session.batches((X, Y), 22, shuffle=False):
+            clock.sleep(2.5)
 
     job.generation = 0
     job.store.put({job.names.open: b"1", job.names.start: wire.Start(None).encode()}, ttl_s=600)
@@ -235,5 +236,6 @@ def test_times_of_training_iterations(job):
     assert {(e.iteration_s, e.sync_s) for e in told} == {(2.0, 0.0)}
     assert 0 < sum(e.chunk for e in told) < 12
     assert [e.other_share for e in job.events(wire.Progress) if e.other_share is not None]
+    assert {e.batch for e in job.events(wire.Workload)} == {11}
     [last] = job.events(wire.Finished)
     assert (last.other_share, last.end_s) == (pytest.approx(7 / 8), 5.0)
