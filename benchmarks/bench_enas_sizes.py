@@ -61,10 +61,8 @@ from smlt_tune.integrations.nni import SmltNasExperiment
 WIDTHS, HIDDEN = [2, 4, 8, 16, 32, 64], [16, 64, 256, 1024]
 IMAGES, JUDGES, BATCH = 3072, 512, 32
 CANDIDATES, SEED = 20, 0
-#: How many functions there are; each has so small a part of the machine that all fit.
-FUNCTIONS = 8
 #: Workers and memory of the grid, and how many images are trained on in a cell of it.
-WORKERS, MEMORY_MB, CELL_IMAGES = (4, 8, 12, 16), (1280, real_jobs.LARGEST_MB), 512
+WORKERS, MEMORY_MB, CELL_IMAGES = (2, 3, 4, 6, 8), (1280, real_jobs.LARGEST_MB), 512
 QUICK_WORKERS, QUICK_MEMORY_MB = (2, 4), (real_jobs.LARGEST_MB,)
 QUICK_CANDIDATES, QUICK_IMAGES = 3, 1024
 #: The deadline over the time of the fastest allocation of the grid.
@@ -368,7 +366,7 @@ def main():
     folder = real_jobs.HERE / "results" / "tmp" / "enas_sizes"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with real_jobs.Cloud(FUNCTIONS, preload=(*PRELOAD, *NEEDED)) as cloud:
+    with real_jobs.Cloud(preload=(*PRELOAD, *NEEDED)) as cloud:
         real_jobs.warm_up(cloud)
         result = {**cloud.facts(), **run(cloud, folder, common.QUICK)}
     result = {"claims": claims(result), "wall_s": round(time.monotonic() - begun), **result}
