@@ -8,6 +8,7 @@ from torch import nn
 
 import smlt_tune as smlt
 from smlt_tune.errors import UsageError
+from smlt_tune.integrations.nni.candidate import BUILDING
 from smlt_tune.integrations.nni.enas import SharedWeights
 from smlt_tune.runtime.checkpoint import Checkpoints
 from smlt_tune.runtime.shared import SharedTensors, SharedTensorsWriter, TensorUpdate
@@ -66,8 +67,9 @@ def candidate(width, op="none"):
 
 
 def built(chosen):
-    torch.manual_seed(0)
-    return chosen.executable_model()
+    with BUILDING:  # NNI keeps what it builds in global variables, and workers are threads here
+        torch.manual_seed(0)
+        return chosen.executable_model()
 
 
 def train(chosen, *, steps=4, disturb=None, seen=None):
