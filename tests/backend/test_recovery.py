@@ -211,7 +211,7 @@ def test_an_object_store_that_fails_now_and_then(platform, tmp_path, undisturbed
 
 
 def test_a_worker_that_hangs_is_replaced(platform, tmp_path, undisturbed):
-    with smlt.Fleet(policy=PinnedOrDefault(), platform=platform, hang_timeout_s=1.0) as fleet:
+    with smlt.Fleet(policy=PinnedOrDefault(), platform=platform, hang_timeout_s=3.0) as fleet:
         job = fleet.submit(jobs.train, config(tmp_path), workers=2)
         wait_for_notes(tmp_path, 20)
         victim = jobs.pids(tmp_path)[0]
