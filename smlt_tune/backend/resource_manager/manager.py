@@ -38,7 +38,7 @@ LEAST_GAIN = 0.03
 #: ... even where it is slower by so many standard deviations than expected.
 GAIN_Z = 0.5
 #: If the limit is at risk, a job moves to where it would use less than this share of what it would
-#: use where it is, with the same reserve.
+#: use where it is.
 EASED = 0.98
 
 
@@ -240,7 +240,7 @@ def _why_move(outlook: Outlook, best: int, stay: int) -> str | None:
     """A reason to move from one place to another; None if there is none."""
     if not outlook.allowed[stay]:
         return "the fleet needs functions for other jobs"
-    if outlook.at_risk(stay) and outlook.limited(best, GAIN_Z) < EASED * outlook.limited(stay):
+    if outlook.at_risk(stay) and outlook.limited(best) < EASED * outlook.limited(stay):
         return "the limit is at risk"
     if outlook.saving(best, stay, GAIN_Z) <= LEAST_GAIN:
         return None

@@ -429,14 +429,9 @@ class Outlook:
             what, used = self._terms.time_s(t), facts.elapsed_s
         return float((what[old] - what[new]) / (used + what[old]))
 
-    def limited(self, i: int, z: float = 0.0) -> float:
-        """What the goal limits.
-
-        Args:
-            i: Where.
-            z: By how many standard deviations that is slower than expected.
-        """
-        return float(self._limited(z)[i]) if z else float(self._expected[i])
+    def limited(self, i: int) -> float:
+        """What the goal limits, as it is expected."""
+        return float(self._expected[i])
 
     def at_risk(self, i: int) -> bool:
         """Whether an allocation is expected to break the goal's limit, or nearly so.
