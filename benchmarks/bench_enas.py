@@ -15,7 +15,7 @@ the highest of all. *Best, from scratch* is the accuracy on 512 other images of 
 anew for 4 epochs. Functions are billed by CPU time, so that other load on the machine matters
 little. The controller's default learning rate was chosen on other seeds.
 
-    python benchmarks/bench_enas.py            # 5 seeds, about 20 minutes
+    python benchmarks/bench_enas.py            # 5 seeds, about 15 minutes
     python benchmarks/bench_enas.py --quick    # 1 seed, 8 candidates: does it work?
 """
 

@@ -25,7 +25,7 @@ The resource manager chooses anything from 1 to 8 workers of 512 to 1,769 MB, no
 the grid: it may be better than the best of the grid. See real_jobs.py for the machine and its
 bills.
 
-    python benchmarks/bench_siblings.py             # about 25 minutes; the machine must be quiet
+    python benchmarks/bench_siblings.py             # about 40 minutes; the machine must be quiet
     python benchmarks/bench_siblings.py --resume    # goes on after the last whole sibling
     python benchmarks/bench_siblings.py --quick     # three siblings, about a minute: does it work?
 """
