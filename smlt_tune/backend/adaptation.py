@@ -274,7 +274,7 @@ class Adaptation:
             job.other_share = event.other_share
         if measurement is not None:
             measurement.other_share, measurement.end_s = job.other_share, event.end_s
-            measurement.kept = 0
+            measurement.kept = 0  # so that it is kept with that
 
     def generation_over(self, job: Record, generation: Generation) -> None:
         """Its functions are gone: what was measured is kept for the siblings."""

@@ -123,9 +123,8 @@ class Course:
 
     def trains(self, data: DataIterator) -> bool:
         """Whether a loop at this place is known to train."""
-        # The loops after the last epoch have the same numbers.
-        during = 0 <= data.epoch - self._base < self._epochs
-        return during and data.loop in self._loops
+        # Loops after the last epoch have numbers of loops within them.
+        return self._epoch_here(data) is not None and data.loop in self._loops
 
     def note(self, data: DataIterator, batch_size: BatchSize) -> None:
         """A loop that trains.
@@ -134,8 +133,8 @@ class Course:
             data: Of the present epoch.
             batch_size: As the program has given it.
         """
-        epoch = data.epoch - self._base
-        if not 0 <= epoch < self._epochs:
+        epoch = self._epoch_here(data)
+        if epoch is None:
             return
         known, length = self._loops.get(data.loop), self._length(data)
         if known is None or known[epoch + 1] - known[epoch] != length:
@@ -167,6 +166,11 @@ class Course:
         if loop < self.position.loop:
             return known[epoch + 1]
         return min(known[epoch] + self.position.iteration, known[epoch + 1])
+
+    def _epoch_here(self, data: DataIterator) -> int | None:
+        """Number in the present ``session.epochs``; None before and after its epochs."""
+        epoch = data.epoch - self._base
+        return epoch if 0 <= epoch < self._epochs else None
 
     def _total_here(self) -> int | None:
         if not self._loops or not all(self._loops.values()):

@@ -1,7 +1,7 @@
 """What each allocation would do for the rest of a job, and which of them is best."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -170,8 +170,8 @@ class Knowledge:
             return told
         samples = [
             p.workload.iterations * p.workload.batch
-            for p in self.near
-            if p.workload.iterations and p.workload.function == work.function
+            for p in self._of_the_function()
+            if p.workload.iterations
         ]
         return round(float(np.median(samples)) / max(1, work.batch)) if samples else None
 
@@ -179,23 +179,11 @@ class Knowledge:
         """Told, or that of the nearest siblings."""
         if self.facts.other_share is not None:
             return self.facts.other_share
-        work = self.workload
-        seen = [
-            p.other_share
-            for p in self.near
-            if p.workload.function == work.function and p.other_share is not None
-        ]
-        return float(np.median(seen[:8])) if seen else 0.0
+        return _typical((p.other_share for p in self._of_the_function()), 8)
 
     def end_s(self) -> float:
         """After the last epoch: that of the nearest siblings."""
-        work = self.workload
-        seen = [
-            p.end_s
-            for p in self.near
-            if p.workload.function == work.function and p.end_s is not None
-        ]
-        return float(np.median(seen[:4])) if seen else 0.0
+        return _typical((p.end_s for p in self._of_the_function()), 4)
 
     def start_s(self) -> float:
         """From an invocation until its worker trains."""
@@ -211,6 +199,17 @@ class Knowledge:
         own = [p for p in seen if p.job_id == self.facts.job_id]
         alike = [p.hold_up_s for p in own or seen[:4]]
         return float(np.median(alike)) if alike else HOLD_UP_S
+
+    def _of_the_function(self) -> list[Profile]:
+        """Profiles of the same training function, the nearest first."""
+        function = self.workload.function
+        return [p for p in self.near if p.workload.function == function]
+
+
+def _typical(values: Iterable[float | None], most: int) -> float:
+    """The median of the first that are known, at most so many; 0 if none is."""
+    known = [value for value in values if value is not None][:most]
+    return float(np.median(known)) if known else 0.0
 
 
 def _is_split(profile: Profile) -> bool:
