@@ -64,9 +64,10 @@ CONTEXT_SD, CONTEXT_SCALES = 0.07, (1.5, 1.2, 1.5, 1.5, 1.5)
 ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.015
 #: Noise of a time of computation: where it ends and waiting begins differs from the model.
 COMPUTATION_NOISE = 0.1
-#: A measurement that lies so many standard deviations above what the others say is a straggler,
-#: unless it is the job's own, and of so many iterations or all that is known of its pace.
-STRAGGLER_Z, OWN_PACE = 2.5, 20
+#: A measurement that lies so many standard deviations above what the others say is a straggler;
+#: one of the job itself more of them (a job that is unlike its siblings shows in each of its own),
+#: unless it is of so many iterations or all that is known of its pace.
+STRAGGLER_Z, OWN_STRAGGLER_Z, OWN_PACE = 2.5, 4.0, 20
 _STEPS = 4
 _JITTER = 1e-8
 #: Degrees of freedom of the prior of the scale of all covariances, nu.
@@ -313,7 +314,7 @@ class GaussianProcess:
         own = self._measured.trials == 0
         alone = (own & self._measured.whole).sum() == 1
         believed = own & (alone | (self._measured.iterations >= OWN_PACE))
-        slow = (z > STRAGGLER_Z) & ~believed
+        slow = (z > np.where(own, OWN_STRAGGLER_Z, STRAGGLER_Z)) & ~believed
         self._noise = self._noise + np.where(slow, (z / np.sqrt(inverse)) ** 2, 0.0)
         return bool(slow.any())
 

@@ -33,10 +33,8 @@ from smlt_tune.backend.resource_manager.siblings import ProfileBook
 from smlt_tune.backend.resource_manager.tables import PlatformTable, StoreTable
 from smlt_tune.errors import InvalidInput
 
-#: A job moves if that saves more than this share of all that it needs, the move paid for, ...
+#: A job moves if that saves more than this share of all that it needs, the move paid for.
 LEAST_GAIN = 0.03
-#: ... even where it is slower by so many standard deviations than expected.
-GAIN_Z = 0.5
 #: If the limit is at risk, a job moves to where it would use less than this share of what it would
 #: use where it is.
 EASED = 0.98
@@ -242,6 +240,8 @@ def _why_move(outlook: Outlook, best: int, stay: int) -> str | None:
         return "the fleet needs functions for other jobs"
     if outlook.at_risk(stay) and outlook.limited(best) < EASED * outlook.limited(stay):
         return "the limit is at risk"
-    if outlook.saving(best, stay, GAIN_Z) <= LEAST_GAIN:
+    if outlook.saving(best, stay) <= LEAST_GAIN:
         return None
+    if outlook.gain(best, stay) <= 0.0:
+        return "the limit may well be broken otherwise"
     return f"saves {outlook.gain(best, stay):.0%} of what is left"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,11 +36,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-#: Standard deviations by which the goal's limit has to be kept; fewer if no allocation does that.
-LIMIT_Z = (0.5, 0.25, 0.0)
-#: Where the standard deviation of ln t is larger than this, more of them in proportion: a job that
-#: begins far too slowly cannot make up for it.
-UNSURE_SD = 0.35
+#: The goal's limit has a price: so many per cent of what the goal minimises for each per cent by
+#: which the limit is expected to be exceeded, luck and ill luck weighed. It may still be won back.
+EXCESS_WEIGHT = 4.0
 #: The limit is at risk where a job is expected to use more than this share of what is left of it.
 RISK_SHARE = 0.99
 #: The same at the beginning of a job is more by this, if there is an allocation that would keep the
@@ -53,8 +52,9 @@ FITS = 0.95
 LEAST_PART = 0.02
 #: Weight of what the goal does not ask for: cheapest still prefers the faster of two equals.
 TIE = 0.05
-#: If the limit cannot be kept, what exceeds it hardly more than the least possible will do, too.
-NEARLY = 1.03
+#: If the limit cannot be kept, what exceeds it hardly more than the least possible will do, too;
+#: both by so many standard deviations more than expected: no hoping for what is hardly known.
+NEARLY, SURE_Z = 1.03, 0.5
 #: By how much the pace of a whole job may still change: other load on the machine, say; ln.
 PACE_SD = 0.08
 #: Half-width of a 90 % interval, in standard deviations.
@@ -372,26 +372,40 @@ class Outlook:
         """Whether time and cost of the rest are known at all."""
         return self._known.iterations_left() is not None
 
-    def _keeps(self, z: float) -> NDArray[np.bool_]:
-        """What keeps the limit with so many standard deviations to spare."""
-        limits = self._limits()
-        if limits is None:
-            return np.ones(len(self.workers), dtype=bool)
-        return np.asarray(self._limited(z * np.maximum(1.0, self._sd / UNSURE_SD)) <= limits)
-
     def best(self) -> int:
-        """The posterior optimum under both chance constraints, or what comes nearest to them."""
+        """What has the least price, of what is expected to keep the limit or comes nearest."""
         possible = self.allowed & (self._fits >= FITS)
         if not possible.any():  # then what is most likely to fit
             possible = self.allowed & (self._fits >= self._fits[self.allowed].max() - 1e-3)
-        for z in LIMIT_Z:
-            good = possible & self._keeps(z)
-            if good.any():
-                break
-        else:
-            sure = self._limited(LIMIT_Z[0])  # no hoping for what is hardly known
+        limits = self._limits()
+        good = possible if limits is None else possible & (self._expected <= limits)
+        if not good.any():
+            sure = self._limited(SURE_Z)
             good = possible & (sure <= NEARLY * sure[possible].min())
-        return int(np.argmin(np.where(good, self._objective() + self._another_move(), np.inf)))
+        return int(np.argmin(np.where(good, self._price, np.inf)))
+
+    @cached_property
+    def _price(self) -> Array:
+        """What the goal minimises, with what its limit and another move may cost; logarithm."""
+        return self._objective() + self._another_move() + EXCESS_WEIGHT * self._excess()
+
+    def _excess(self) -> Array:
+        """By how much the limit is expected to be exceeded: E max(0, ln(use / limit)).
+
+        The closed form of expected improvement, the other way round.
+        """
+        limits = self._limits()
+        if limits is None:
+            return np.zeros(len(self.workers))
+        from scipy.special import ndtr
+
+        middle = np.log(np.maximum(self._expected, 1e-18))
+        spread = np.log(np.maximum(self._limited(1.0), 1e-18)) - middle
+        spread = np.maximum(spread, 1e-6)  # nothing is left to train: the time is known
+        over = middle - np.log(np.maximum(limits, 1e-3 * self._expected))
+        z = over / spread
+        density = np.exp(-0.5 * z**2) / math.sqrt(2.0 * math.pi)
+        return np.asarray(spread * (density + z * ndtr(z)))
 
     def _another_move(self) -> Array:
         """What having to leave again would cost, times its chance; logarithm of the objective."""
@@ -412,21 +426,15 @@ class Outlook:
         what = self.cost_usd if isinstance(self._goal, Cheapest) else self.time_s
         return float(1.0 - what[new] / what[old])
 
-    def saving(self, new: int, old: int, z: float) -> float:
-        """The same as a share of the whole job: of what was used already, too.
-
-        Args:
-            new: Where the job would move to.
-            old: Where it is.
-            z: By how many standard deviations the new one is slower than expected.
-        """
-        t = np.exp(self._mean + z * self._sd * self._others)
+    def saving(self, new: int, old: int) -> float:
+        """What a move lowers the price by, as a share of the whole job: also of what was used."""
         facts = self._facts
         if isinstance(self._goal, Cheapest):
-            what, used = self._terms.cost_usd(t), facts.spent_usd
+            left, used = self.cost_usd[old], facts.spent_usd
         else:
-            what, used = self._terms.time_s(t), facts.elapsed_s
-        return float((what[old] - what[new]) / (used + what[old]))
+            left, used = self.time_s[old], facts.elapsed_s
+        lower = 1.0 - math.exp(min(self._price[new] - self._price[old], 1.0))
+        return float(lower * left / (used + left))
 
     def limited(self, i: int) -> float:
         """What the goal limits, as it is expected."""

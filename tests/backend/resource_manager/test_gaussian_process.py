@@ -194,6 +194,15 @@ def test_a_job_far_slower_than_its_siblings_is_believed_at_once():
     assert process.predict(at, np.zeros(len(of)))[0][-1] == pytest.approx(ln_s[-1], abs=0.1)
 
 
+def test_a_job_far_slower_than_its_siblings_is_believed_wherever_it_was_measured():
+    rng = np.random.default_rng(3)
+    at, ln_s, of = family(rng, THETA_MEAN, 4, 12, effect=0.1)
+    own = np.where(np.arange(len(of)) >= len(of) - 2, 0, of + 1)
+    ln_s[-2:] += 1.4
+    process = gp.GaussianProcess(MODEL, measurements(at, ln_s, own, 5))
+    assert process.predict(at, np.zeros(len(of)))[0][-2:] == pytest.approx(ln_s[-2:], abs=0.1)
+
+
 def test_a_job_whose_workers_wait_long_for_each_other_is_believed():
     here = Points(*(np.full(2, x) for x in (4.0, 1645.0, 5e4, 2e5, 2e7, 192.0, 1e-4, 1e9)))
     computed = MODEL.computation(here, THETA_MEAN).ln_s[0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from smlt_tune.backend.goals import Cheapest
+from smlt_tune.backend.goals import Cheapest, Fastest
 from smlt_tune.backend.platforms.base import PlatformLimits
 from smlt_tune.backend.prices import load_prices
 from smlt_tune.backend.resource_manager.grid import Grid
@@ -18,12 +18,10 @@ LIMITS = PlatformLimits(128, 1769, 900.0, concurrency=8)
 FEW, MANY = Allocation(1, 1769), Allocation(4, 1769)
 
 
-def outlook(deadline_s, few, many):
+def outlook(goal, few, many):
     """Of a job on MANY with 100 iterations left; what takes how long, and how sure that is."""
     work = Workload(ModelFeatures(10, 40, 1.0, 1.0), batch=8, iterations=200)
-    facts = JobFacts(
-        "a", LIMITS, Cheapest(deadline_s), workload=work, allocation=MANY, iterations_left=100
-    )
+    facts = JobFacts("a", LIMITS, goal, workload=work, allocation=MANY, iterations_left=100)
     stores = {"default": StoreTable(1e-3, 1e9)}
     known = Knowledge(TABLE, stores, load_prices(), IterationTime(TABLE), [], facts)
     (few_s, few_sd), (many_s, many_sd) = few, many
@@ -37,13 +35,24 @@ def chosen(*args):
 
 
 def test_the_cheapest_that_keeps_the_deadline_is_best():
-    assert chosen(200.0, (1.0, 0.05), (0.9, 0.05)) == FEW
-    assert chosen(95.0, (1.0, 0.05), (0.9, 0.01)) == MANY
+    assert chosen(Cheapest(200.0), (1.0, 0.05), (0.9, 0.05)) == FEW
+    assert chosen(Cheapest(95.0), (1.0, 0.05), (0.9, 0.01)) == MANY
 
 
 def test_if_nothing_keeps_it_what_exceeds_it_hardly_more_but_is_far_cheaper_will_do():
-    assert chosen(80.0, (0.9, 0.02), (0.9, 0.02)) == FEW
+    assert chosen(Cheapest(80.0), (0.9, 0.02), (0.9, 0.02)) == FEW
 
 
 def test_if_nothing_keeps_it_nobody_hopes_for_what_is_hardly_known():
-    assert chosen(80.0, (0.9, 0.3), (0.9, 0.02)) == MANY
+    assert chosen(Cheapest(80.0), (0.9, 0.3), (0.9, 0.02)) == MANY
+
+
+def test_the_surer_one_is_best_if_that_costs_less_than_breaking_the_limit_may():
+    assert chosen(Cheapest(105.0), (0.95, 0.02), (0.3, 0.02)) == FEW
+    assert chosen(Cheapest(105.0), (0.95, 0.4), (0.3, 0.02)) == MANY
+    assert chosen(Cheapest(105.0), (0.95, 0.4), (0.9, 0.02)) == FEW  # four times as dear
+
+
+def test_what_nobody_is_sure_of_does_not_speak_for_the_slower_one():
+    budget = Fastest(1.3 * 100 * 1769 / 1024 * 1.66667e-5)
+    assert chosen(budget, (1.0, 0.5), (0.27, 0.5)) == MANY
