@@ -20,7 +20,7 @@ that computes little wastes most of eight functions, the more so the smaller its
 bound by what it computes takes the same work wherever it is done. Without a deadline one function
 would be cheapest for all.
 
-    python benchmarks/bench_enas_sizes.py             # about 9 minutes; the machine must be quiet
+    python benchmarks/bench_enas_sizes.py             # about 17 minutes; the machine must be quiet
     python benchmarks/bench_enas_sizes.py --quick     # about a minute: does it work?
 """
 
@@ -60,7 +60,7 @@ from smlt_tune.integrations.nni import SmltNasExperiment
 
 WIDTHS, HIDDEN = [2, 4, 8, 16, 32, 64], [16, 64, 256, 1024]
 IMAGES, JUDGES, BATCH = 3072, 512, 32
-CANDIDATES, SEED = 20, 0
+CANDIDATES, SEED = 40, 0
 #: Workers and memory of the grid, and how many images are trained on in a cell of it.
 WORKERS, MEMORY_MB, CELL_IMAGES = (2, 3, 4, 6, 8), (1280, real_jobs.LARGEST_MB), 512
 QUICK_WORKERS, QUICK_MEMORY_MB = (2, 4), (real_jobs.LARGEST_MB,)
@@ -204,7 +204,7 @@ def row(candidate, deadline_s):
     return {
         **size,
         "allocations": [[a.workers, a.memory_mb, a.time_s] for a in candidate.allocations],
-        "why": candidate.decisions[0].reason if candidate.decisions else "pinned",
+        "decisions": [told(decision) for decision in candidate.decisions],
         "seconds": outcome.duration_s,
         "overshoot": max(0.0, outcome.duration_s / deadline_s - 1.0),
         "usd": candidate.cost_usd,
@@ -212,6 +212,19 @@ def row(candidate, deadline_s):
         "accuracy": candidate.metric,
         "sample": dict(candidate.sample),
     }
+
+
+def told(decision):
+    """When, why, what was chosen, and what an iteration was expected to take there, seconds."""
+    at, said = decision.allocation, decision.evidence.get("prediction", {})
+    return [
+        round(decision.time_s, 2),
+        decision.occasion,
+        decision.reason,
+        at.workers,
+        at.memory_mb,
+        [round(seconds, 4) for seconds in said.get("iteration_s", ())],
+    ]
 
 
 def say(name, rows):
@@ -349,7 +362,7 @@ def draw(result, facts):
     axes[2].set(yscale="log", ylabel="samples per second")
     axes[3].set(ylabel="spent so far, millionths of a USD", xlabel="candidate")
     for axis in axes:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes[0].set_title(
         f"Candidates with a deadline of {result['deadline_s']:.1f} s each", loc="left"
     )
