@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -706,18 +707,16 @@ class Fleet:
         Returns:
             The jobs that have to go on: state, number of the next generation, age in seconds.
         """
-        numbers: dict[str, int] = {}
+        numbers = _next_numbers(events)
         ages: dict[str, float] = {}
         for event in events:
             if event.kind == "dataset":
                 self._artifacts.restore({event.body["name"]: event.body["digest"]})
             elif event.kind == "job":
                 self._states[event.job] = JobState(JobSpec.from_json(event.body), self._tell)
-                numbers[event.job] = 0
                 ages[event.job] = max(0.0, self._clock.wall() - event.at)
             elif event.kind == "generation":
                 self._states[event.job].allocations.append(AllocationRecord(**event.body))
-                numbers[event.job] = event.body["generation"] + 1
             elif event.kind == "decision":
                 self._states[event.job].decisions.append(DecisionRecord.from_json(event.body))
             elif event.kind == "workload":
@@ -965,6 +964,20 @@ def _folder(path: str | Path | None, embedded: EmbeddedStore | None, stack: Exit
 
 def _fleet_name(events: list[HistoryEvent]) -> str | None:
     return next((str(e.body["name"]) for e in events if e.kind == "fleet"), None)
+
+
+def _next_numbers(events: list[HistoryEvent]) -> defaultdict[str, int]:
+    """Number of the next generation of each job.
+
+    By the ledger, because a client may have died after it had reserved for a generation, and before
+    it recorded that one.
+    """
+    numbers: defaultdict[str, int] = defaultdict(int)
+    for event in events:
+        if event.kind == "ledger" and event.job:
+            number, _, _ = event.body["entry_id"].removeprefix(f"{event.job}.g").partition(".")
+            numbers[event.job] = max(numbers[event.job], int(number) + 1)
+    return numbers
 
 
 def _number_mistakes(**numbers: float | None) -> list[str]:

@@ -831,6 +831,7 @@ class TaskScheduler:
         except Exception:
             for name in reserved:
                 self._ledger.release(name)
+                job.next_number = generation.number + 1  # the ledger knows this name for good
             raise
         generation.reserved.update(dict.fromkeys(reserved))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 import smlt_tune as smlt
 from smlt_tune.backend.embedded_store import EmbeddedStore
-from smlt_tune.backend.history import read_history
+from smlt_tune.backend.history import History, read_history
 from smlt_tune.backend.prices import load_prices
 from smlt_tune.errors import InvalidInput
 from tests import jobs
@@ -163,6 +164,24 @@ def test_a_killed_clients_jobs_go_on_where_they_were(places, platform, tmp_path)
         again = [job.result(1) for job in fleet.jobs()]
         assert [o.value for o in again[:3]] == [o.value for o in outcomes]
         assert fleet.reserved_usd == 0
+
+
+def test_a_client_that_was_killed_between_reserving_and_starting(platform, tmp_path):
+    pins = {"workers": 2, "memory_mb": 1769}
+    with smlt.Fleet(platform=platform, path=tmp_path / "whole") as fleet:
+        fleet.submit(jobs.train, {"epochs": 1, "pause": 0}, name="one", **pins).result(60)
+    shutil.copytree(tmp_path / "whole" / "objects", tmp_path / "cut" / "objects")
+    with History(tmp_path / "cut") as cut:
+        for event in read_history(tmp_path / "whole"):
+            cut.append(event.kind, event.job, event.body)
+            if event.kind == "ledger":
+                break  # the second function and the generation are not recorded
+    with smlt.Fleet.open(tmp_path / "cut", platform=platform) as fleet:
+        [job] = fleet.jobs()
+        assert job.result(60).status == "finished"
+        first, *others = fleet.ledger.entries()
+        assert (first.entry_id, first.settled_usd) == ("one.g0.r0.i0", 0.0)
+        assert [entry.entry_id for entry in others] == ["one.g1.r0.i0", "one.g1.r1.i0"]
 
 
 def test_a_fleet_has_one_client(platform, tmp_path):

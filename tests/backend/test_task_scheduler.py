@@ -973,6 +973,28 @@ def test_a_job_waits_for_what_others_have_reserved(tmp_path):
     assert set(world.over("a", "b", "c")) == {"finished"}
 
 
+def test_another_fleet_of_the_project_takes_the_money_meanwhile(world, monkeypatch):
+    """Between two reservations for one generation; later there is enough again."""
+    world.submit("a")
+    world.train("a")
+    reserve = world.ledger.reserve
+
+    def taken(entry_id, *arguments, **options):
+        if entry_id.endswith(".r1.i0"):
+            raise BudgetExhausted("another fleet was faster")
+        reserve(entry_id, *arguments, **options)
+
+    monkeypatch.setattr(world.ledger, "reserve", taken)
+    waits = world.submit("b", workers=2)
+    assert (waits.status, world.running("b")) == ("queued", [])
+    monkeypatch.undo()
+    world.finished("a")
+    world.end_all("a")
+    calm(world)
+    assert world.over("a", "b") == ["finished", "finished"]
+    assert world.ledger.reserved_usd == 0
+
+
 def test_those_who_are_throttled_hold_money_too(tmp_path):
     world = World(tmp_path, budget_usd=1.05 * 20 * WORST / 100)
     world.platform.room = 0
