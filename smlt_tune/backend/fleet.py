@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from smlt_tune.backend.artifact_manager import ArtifactManager
 from smlt_tune.backend.changes import Change, Changes
-from smlt_tune.backend.dead_clients import most_usd
+from smlt_tune.backend.dead_clients import next_bill, settlements
 from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.backend.goals import Cheapest, Fastest, Goal, Target
 from smlt_tune.backend.gradient_stores import BACK, GONE, GradientStores, read_given
@@ -198,12 +198,14 @@ class Fleet:
                 budget_usd, self._record_entry, project=parts.project_ledger, clock=clock
             )
             self._ledger.restore(
-                (Entry(**e.body) for e in parts.known if e.kind == "ledger"), settle_at=parts.most()
+                (Entry(**e.body) for e in parts.known if e.kind == "ledger"),
+                settle_at=parts.settlements(),
             )
             self._objects: ObjectStore = parts.objects
             if parts.paid_requests:
                 self._objects = PaidObjectStore(parts.objects, self._ledger, parts.prices)
             self._artifacts = ArtifactManager(self._objects)
+            bill = parts.next_bill()
             now = clock.monotonic()
             settings = Settings(
                 fleet=self._name,
@@ -213,6 +215,7 @@ class Fleet:
                 hang_timeout_s=hang_timeout_s,
                 deadline_s=None if deadline_s is None else now + deadline_s,
                 logs=self.path / "logs",
+                bill=self.path / bill if bill else None,
                 paid_requests=parts.paid_requests,
                 gradient_stores={name: url for name, (url, _) in parts.stores.items()},
                 metric=metric,
@@ -265,8 +268,10 @@ class Fleet:
             self._seen = (0, 0)
             unfinished = self._restore(parts.known)
             self._costs.begin()
-            given = {"budget_usd": budget_usd, "deadline_s": deadline_s}
-            parts.history.append("fleet", "", {"name": self._name, **given})
+            given = {"budget_usd": budget_usd, "deadline_s": deadline_s, "bill": bill}
+            parts.history.append(
+                "fleet", "", {"name": self._name, "platform": parts.platform.name, **given}
+            )
             self._resources = stack.pop_all()
         self._begin(unfinished)
 
@@ -274,9 +279,10 @@ class Fleet:
     def open(cls, path: str | Path, **options: Any) -> Self:
         """Continues the fleet whose record lies in a folder.
 
-        Jobs that had not ended go on from their checkpoints; what was spent stays spent. What a
-        dead client had reserved counts as spent, up to what its functions can have used until now
-        on a platform where they die with it.
+        Jobs that had not ended go on from their checkpoints; what was spent stays spent. What the
+        functions of a dead client did cost is what the platform has written down; where it has not,
+        all that was reserved counts, up to what they can have used until now on a platform where
+        they die with their client.
 
         Args:
             path: Its folder.
@@ -830,6 +836,7 @@ class Fleet:
 class _Parts:
     """What a fleet is made of, once it is known that all of it can be had."""
 
+    folder: Path | None
     prices: Prices
     platform: Platform
     objects: ObjectStore
@@ -843,10 +850,21 @@ class _Parts:
     clock: Clock
     paid_requests: bool
 
-    def most(self) -> dict[str, float]:
-        """What functions of an earlier client, which has died, may have cost at most, USD."""
+    def settlements(self) -> dict[str, float]:
+        """What functions of an earlier client, which has died, did cost, USD, where it is known."""
+        if self.folder is None:
+            return {}
         leases = Leases(self.platform, self.prices, Ledger(None), paid_requests=self.paid_requests)
-        return most_usd(self.known, self.platform, leases, self.clock.wall())
+        return settlements(self.known, self.folder, self.platform, leases, self.clock.wall())
+
+    def next_bill(self) -> str | None:
+        """Where the platform writes down what it charges this client, in the fleet's folder."""
+        if self.folder is None:
+            return None
+        bill = next_bill(self.known, self.platform)
+        if bill is not None:
+            (self.folder / bill).parent.mkdir(exist_ok=True)
+        return bill
 
     @classmethod
     def open(
@@ -869,6 +887,7 @@ class _Parts:
     ) -> Self:
         """Opens everything, or raises one InvalidInput that lists all mistakes."""
         found: dict[str, Any] = {
+            "folder": path,
             "profiles": [],
             "keep_profile": None,
             "project_ledger": None,

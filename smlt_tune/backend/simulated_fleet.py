@@ -190,8 +190,8 @@ class SimulatedFleet:
                 dict,
             )
             self._costs.begin()
-            given = {"budget_usd": budget_usd, "deadline_s": deadline_s}
-            self._history.append("fleet", "", {"name": name, **given})
+            given = {"budget_usd": budget_usd, "deadline_s": deadline_s, "bill": None}
+            self._history.append("fleet", "", {"name": name, "platform": platform.name, **given})
             self._resources = stack.pop_all()
         platform.listeners[name] = self._heard
         self._ticking = self._time.after(tick_s, self._tick)

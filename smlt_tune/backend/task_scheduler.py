@@ -99,6 +99,7 @@ class Settings:
         hang_timeout_s: Shortest silence that is taken for a hang, seconds.
         deadline_s: When everything has to be over, on the clock's ``monotonic``; None for never.
         logs: Folder for the workers' output; None where they print nothing.
+        bill: Where the platform writes down what it charges, if it does.
         paid_requests: Whether the object store charges for requests.
         metric: What jobs are compared by when money or time will not do for all of them; None to
             let them all go on for as long as it lasts.
@@ -112,6 +113,7 @@ class Settings:
     hang_timeout_s: float
     deadline_s: float | None
     logs: Path | None
+    bill: Path | None = None
     paid_requests: bool = False
     gradient_stores: Mapping[str, str] = field(default_factory=dict, repr=False)
     metric: str | None = None
@@ -877,6 +879,7 @@ class TaskScheduler:
             timeout_s=generation.lease_s,
             payload=spec.encode(),
             log_path=None if logs is None else logs / job.job_id / file,
+            bill_path=self._settings.bill,
         )
         now = self._clock.monotonic()
         call = Call(name, worker.rank, incarnation, memory_mb, now, generation.lease_s)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import pytest
 import smlt_tune as smlt
 from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.backend.history import History, read_history
-from smlt_tune.backend.prices import load_prices
+from smlt_tune.backend.prices import usd_to_nanos
+from smlt_tune.backend.project_ledger import ProjectLedger
 from smlt_tune.errors import InvalidInput
-from tests import jobs
+from smlt_tune.runtime.clock import SYSTEM_CLOCK
+from tests import bills, jobs
 
 CLIENT = """
 import sys, json, time
@@ -27,7 +30,7 @@ from smlt_tune.backend.platforms.local import LocalPlatform
 from tests import jobs
 
 folder, notes, how = sys.argv[1:]
-options = {"path": folder} if folder else {}
+options = {"path": folder, "project_budget_usd": 2.0} if folder else {}
 platform = LocalPlatform(concurrency=6, cores_per_vcpu=0.4)
 with platform, smlt.Fleet(platform=platform, budget_usd=1.0, **options) as fleet:
     fleet.submit(jobs.train, {"epochs": 2, "pause": 0}, workers=1, name="short").result(60)
@@ -130,21 +133,17 @@ def test_a_killed_clients_jobs_go_on_where_they_were(places, platform, tmp_path)
     client.kill()
     client.communicate()
     assert gone(mark) == []
-    left = {e.body["entry_id"]: e for e in read_history(folder) if e.kind == "ledger"}
-    settled = sum(event.body["settled_usd"] or 0.0 for event in left.values())
-    unsettled = [event for event in left.values() if event.body["settled_usd"] is None]
-    assert unsettled
+    left = {e.body["entry_id"]: e.body for e in read_history(folder) if e.kind == "ledger"}
+    unsettled = [name for name, entry in left.items() if entry["settled_usd"] is None]
+    assert len(unsettled) == 3
     with smlt.Fleet.open(folder, platform=platform, budget_usd=1.0) as fleet:
         assert [job.job_id for job in fleet.jobs()] == ["short", "n1", "n2"]
-        # What was under way cost no more than what it can have taken until now.
-        now_at, prices = time.time(), load_prices()
-        most = settled + sum(
-            prices.invocation_usd(1769, now_at - event.at + platform.outlives_s)
-            for event in unsettled
-        )
-        taken_over = [e for e in fleet.ledger.entries() if e.entry_id in left]
-        assert settled < sum(entry.settled_usd for entry in taken_over) <= most
-        assert most < 0.5 * sum(event.body["reserved_usd"] for event in unsettled)
+        # What was under way did cost what the platform has charged for it, to the nano-dollar.
+        taken_over = {e.entry_id: e.settled_usd for e in fleet.ledger.entries()}
+        charged = bills.charged(folder)
+        assert {name: usd_to_nanos(taken_over[name]) for name in left} == {
+            name: charged[name] for name in left
+        }
         short = fleet.submit(jobs.train, {}, name="short")  # known and over: nothing runs
         assert short.result(1).status == "finished"
         outcomes = [job.result(120) for job in fleet.jobs()]
@@ -164,6 +163,10 @@ def test_a_killed_clients_jobs_go_on_where_they_were(places, platform, tmp_path)
         again = [job.result(1) for job in fleet.jobs()]
         assert [o.value for o in again[:3]] == [o.value for o in outcomes]
         assert fleet.reserved_usd == 0
+    charged = bills.charged(folder)
+    assert bills.paid(folder) == charged
+    with closing(ProjectLedger(folder, "another", None, SYSTEM_CLOCK)) as project:
+        assert project.available() == 2 * 10**9 - sum(charged.values())
 
 
 def test_a_client_that_was_killed_between_reserving_and_starting(platform, tmp_path):

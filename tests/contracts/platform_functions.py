@@ -82,6 +82,15 @@ def wait(path="", seconds=60.0, secret=""):
     time.sleep(seconds)
 
 
+def tick(path, seconds=60.0):
+    """Says again and again that it is alive, and when, until it is killed."""
+    end = time.monotonic() + seconds
+    while (now := time.monotonic()) < end:
+        with open(path, "a") as file:
+            file.write(f"{os.getpid()} {now}\n")
+        time.sleep(0.005)
+
+
 def wait_for(path, seconds=60.0):
     """Waits until somebody has made a file."""
     deadline = time.monotonic() + seconds

@@ -7,7 +7,7 @@ its own (:class:`Cancels`, :class:`Scales`, ...), never a method that raises Not
 import importlib
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -58,6 +58,8 @@ class Invocation:
         timeout_s: The platform ends the function after this time. At most the platform's limit.
         payload: Encoded :class:`smlt_tune.runtime.wire.WorkerSpec`. Holds secrets: never logged.
         log_path: File to which the function's output is appended, or None.
+        bill_path: File to which a platform that :class:`KeepsBills` appends what it charges, or
+            None. Its folder exists.
     """
 
     invocation_id: str
@@ -65,6 +67,7 @@ class Invocation:
     timeout_s: float
     payload: bytes
     log_path: Path | None = None
+    bill_path: Path | None = None
 
     def __repr__(self) -> str:
         return f"Invocation({self.invocation_id!r}, {self.memory_mb} MB, {self.timeout_s:g} s)"
@@ -108,6 +111,21 @@ class Bill:
 
     gb_s: float
     requests: int
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a platform has written down of an invocation.
+
+    Attributes:
+        memory_mb: Of its function, MB.
+        timeout_s: After this time it would have been ended, seconds.
+        result: How it ended; its times and its memory are not written down.
+    """
+
+    memory_mb: int
+    timeout_s: float
+    result: InvocationResult
 
 
 Done = Callable[[InvocationResult], None]
@@ -167,6 +185,24 @@ class EndsWithClient(Protocol):
     @property
     def outlives_s(self) -> float:
         """How long after its death the last of them may still run, seconds."""
+
+
+@runtime_checkable
+class KeepsBills(Protocol):
+    """A platform that writes down what it charges, however the client dies."""
+
+    def charged(self, bill_path: Path, invocation_ids: Collection[str]) -> dict[str, Charge | None]:
+        """What invocations of a client that is dead were charged.
+
+        Waits until none of them runs any more.
+
+        Args:
+            bill_path: The file that they named, whether it exists or not. No living client does.
+            invocation_ids: Which.
+
+        Returns:
+            By id, None for one that never ran. Those of which that cannot be known are left out.
+        """
 
 
 @runtime_checkable

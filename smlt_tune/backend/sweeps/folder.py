@@ -3,7 +3,7 @@
 | file | what |
 |---|---|
 | ``sweep.yaml`` | the sweep as it was started, with what was given beside the file |
-| ``history.sqlite3``, ``logs``, ``objects`` | the fleet |
+| ``history.sqlite3``, ``logs``, ``bills``, ``objects`` | the fleet |
 | ``study.log`` | Optuna's journal of the study |
 | ``report`` | what is written at the end |
 """

@@ -19,13 +19,14 @@ import pytest
 
 from smlt_tune.backend.history import read_history
 from smlt_tune.backend.ledger import Entry
-from smlt_tune.backend.prices import load_prices
+from smlt_tune.backend.prices import load_prices, usd_to_nanos
 from smlt_tune.backend.sweeps.sweep import load
+from tests import bills
 from tests.backend.test_crash import gone
 from tests.conftest import eventually
 
 ROUNDS = int(os.environ.get("SMLT_TEST_ROUNDS", "2"))
-TRIALS, STEPS = 4, 5
+TRIALS, STEPS, STEP_S, PARALLEL = 4, 5, 0.2, 2
 
 CODE = f"""\
 import time
@@ -43,7 +44,7 @@ def train(config):
         for (x,) in session.batches((torch.ones(2, 1),), batch_size=2):
             with Path(config["notes"]).open("a") as notes:
                 notes.write(f"{{config['lr']!r}} {{epoch}}\\n")
-            time.sleep(0.2)
+            time.sleep({STEP_S})
             optimizer.zero_grad()
             (-model(x)).mean().backward()
             optimizer.step()
@@ -53,7 +54,7 @@ SWEEP = f"""\
 train: code.py:train
 metric: weight
 trials: {TRIALS}
-parallel: 2
+parallel: {PARALLEL}
 space:
   lr: {{float: [0.1, 1.0]}}
 config: {{notes: NOTES}}
@@ -62,7 +63,7 @@ workers: 1
 memory_mb: 1769
 budget_usd: 1
 deadline: 1h
-platform: {{name: local, concurrency: 2, cores_per_vcpu: 0.4}}
+platform: {{name: local, concurrency: {PARALLEL}, cores_per_vcpu: 0.4}}
 """
 #: The command; at its end it tells what the platform has charged.
 CLIENT = """\
@@ -128,7 +129,7 @@ def at_random(chance, place, client):
         time.sleep(0.4 * chance.random())
 
 
-def check(place, kept, last, kills):
+def check(place, kept, last, kills, lasted_s):
     """What is true of a sweep that was killed so many times."""
     known = load(kept / "sweep.yaml").configurations()
     with (kept / "report" / "trials.csv").open() as file:
@@ -147,13 +148,19 @@ def check(place, kept, last, kills):
     assert set(counts) == {f"{one['lr']!r} {step}" for one in known for step in range(STEPS)}
     for one in known:
         assert sum(counts[f"{one['lr']!r} {step}"] - 1 for step in range(STEPS)) <= kills
-    # What the last client has paid is what its platform has charged.
+    # What all clients have paid is what the platform has charged them, to the nano-dollar.
+    paid = bills.paid(kept)
+    assert paid == bills.charged(kept)
+    assert usd_to_nanos(told["settled_usd"]) == sum(paid.values())
+    # It has charged for what did run: a step that was cut short may have begun just before.
+    whole_steps = len(trained(place)) - PARALLEL * kills
+    assert whole_steps * STEP_S <= bills.billed_s(kept) <= PARALLEL * lasted_s
+    # The last client's platform has said the same to its client.
     events = read_history(kept)
     opened = max(event.seq for event in events if event.kind == "fleet")
     entries = {
         event.body["entry_id"]: Entry(**event.body) for event in events if event.kind == "ledger"
     }
-    assert all(entry.settled_usd is not None for entry in entries.values())
     mine = {
         event.body["entry_id"]
         for event in events
@@ -164,9 +171,8 @@ def check(place, kept, last, kills):
     charged = float(bill[1]) * float(prices.gb_second_usd) + int(bill[2]) * float(
         prices.request_usd
     )
-    paid = sum(entries[name].settled_usd for name in mine)
-    assert 0 <= paid - charged <= 1e-9 * (len(mine) + 1)
-    assert told["settled_usd"] == pytest.approx(sum(e.settled_usd for e in entries.values()))
+    paid_last = sum(entries[name].settled_usd for name in mine)
+    assert 0 <= paid_last - charged <= 1e-9 * (len(mine) + 1)
     assert told["settled_usd"] <= 1
     # The deadline counts from the first start.
     left = [event.body["deadline_s"] for event in events if event.kind == "fleet"]
@@ -181,7 +187,7 @@ def test_a_sweep_is_killed_and_resumed(place):
     while killed < ROUNDS:
         (place / "notes").unlink(missing_ok=True)
         kept, kills = place / f"kept-{number}", 0
-        number += 1
+        number, began_s = number + 1, time.monotonic()
         client = begun_or_resumed(place, kept)
         while killed < ROUNDS:
             at_random(chance, place, client)
@@ -193,7 +199,7 @@ def test_a_sweep_is_killed_and_resumed(place):
             # Within 10 s of its machine's time; this one is busy, and a helper loads torch first.
             assert gone(before.mark, 30.0) == []
         assert client.process.wait(120) == 0, client.output.read_text()
-        check(place, kept, client.output.read_text(), kills)
+        check(place, kept, client.output.read_text(), kills, time.monotonic() - began_s)
         assert gone(client.mark) == []
 
 

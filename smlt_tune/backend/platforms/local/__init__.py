@@ -5,6 +5,7 @@ Layout, from the client inwards::
     client.py      LocalPlatform: admission, duplicates, results, the bill
     launch.py      the client's handle on its helper process
     channel.py     the frames that travel between the two
+    bills.py       what was charged, on disk, for whoever comes after a dead client
     zygote.py      entry point of the helper: preloads the heavy modules once
     supervisor.py  its event loop: forks instances, ends them, keeps them warm
     instance.py    what a forked instance does

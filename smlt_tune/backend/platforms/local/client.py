@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smlt_tune.backend.platforms.base import (
     Bill,
+    Charge,
     Done,
     Invocation,
     InvocationResult,
@@ -23,12 +24,13 @@ from smlt_tune.backend.platforms.base import (
     check_invocation,
     processor,
 )
-from smlt_tune.backend.platforms.local import channel, isolation, probe
+from smlt_tune.backend.platforms.local import bills, channel, isolation, probe
 from smlt_tune.backend.platforms.local.launch import END_S, Helper
 from smlt_tune.backend.platforms.local.options import (
     PRELOAD,
     Billing,
     Options,
+    billed_ms,
     check_delivery,
 )
 from smlt_tune.backend.platforms.local.supervisor import Settings
@@ -124,6 +126,7 @@ class LocalPlatform:
         )
         self._reader: threading.Thread | None = None
         self._helper: Helper | None = None
+        self._opened: set[Path] = set()  # bills that name the helper
         self._ready = False
         self._start_helper()
         self._teller.start()
@@ -153,23 +156,19 @@ class LocalPlatform:
         with self._lock:
             return Bill(gb_s=self._mb_ms / 1024 / 1000, requests=self._requests)
 
+    def charged(self, bill_path: Path, invocation_ids: Collection[str]) -> dict[str, Charge | None]:
+        return bills.read(bill_path, invocation_ids, self._clock)
+
     def invoke(self, invocation: Invocation, on_done: Done) -> None:
         check_invocation(invocation, self._limits)
         check_delivery(invocation)
         with self._sending:
             with self._lock:
-                helper, numbers = self._admit(invocation, on_done)
-            order = {
-                "do": "run",
-                "memory_mb": invocation.memory_mb,
-                "cores": self.cores(invocation.memory_mb),
-                "timeout_s": min(invocation.timeout_s, self._limits.time_limit_s),
-                "log": str(invocation.log_path.absolute()) if invocation.log_path else None,
-            }
-            for number in numbers:
-                _send(helper, {**order, "delivery": number}, invocation.payload)
+                helper, orders = self._admit(invocation, on_done)
+            for order in orders:
+                _send(helper, order, invocation.payload)
 
-    def _admit(self, invocation: Invocation, on_done: Done) -> tuple[Helper, list[int]]:
+    def _admit(self, invocation: Invocation, on_done: Done) -> tuple[Helper, list[channel.Message]]:
         name = invocation.invocation_id
         if self._closed:
             raise PlatformError("the local platform is closed; make a new one")
@@ -182,13 +181,33 @@ class LocalPlatform:
                 f"{self._limits.concurrency} allows no more: wait until one has ended"
             )
         helper = self._helper or self._start_helper()
+        bill = invocation.bill_path.absolute() if invocation.bill_path else None
+        if bill is not None and bill not in self._opened:
+            try:
+                bills.write_opened(bill, helper.pid)
+            except OSError as error:
+                raise PlatformError(f"cannot write the bill: {error}") from error
+            self._opened.add(bill)
+        deliveries = min(room, self._limits.deliveries)
+        order = {
+            "do": "run",
+            "invocation": name,
+            "deliveries": deliveries,
+            "memory_mb": invocation.memory_mb,
+            "cores": self.cores(invocation.memory_mb),
+            "timeout_s": min(invocation.timeout_s, self._limits.time_limit_s),
+            "log": str(invocation.log_path.absolute()) if invocation.log_path else None,
+            "bill": str(bill) if bill else None,
+        }
         execution = _Execution(invocation, on_done, self._clock.monotonic())
         self._executions[name] = execution
-        for number in itertools.islice(self._numbers, min(room, self._limits.deliveries)):
-            self._deliveries[number] = _Delivery(execution)
+        orders = []
+        for number in itertools.islice(self._numbers, deliveries):
+            orders.append({**order, "delivery": number})
+            self._deliveries[number] = _Delivery(execution, orders[-1])
             execution.running.add(number)
             self._requests += 1
-        return helper, sorted(execution.running)
+        return helper, orders
 
     def cancel(self, invocation_id: str) -> None:
         """Ends it at once; ``on_done`` follows with ``cancelled``. Unknown ids are ignored."""
@@ -199,7 +218,7 @@ class LocalPlatform:
                 helper = self._helper
                 if not self._ready:  # the helper still preloads and has started nothing yet
                     for number in numbers:
-                        self._on_ended(_never_ran(number, "cancelled", "cancelled before it ran"))
+                        self._end_here(number, "cancelled", "cancelled before it ran")
             if helper is not None:
                 for number in numbers:
                     _send(helper, {"do": "cancel", "delivery": number})
@@ -249,6 +268,7 @@ class LocalPlatform:
             client=self._owner,
             entry=options.entry,
             concurrency=options.concurrency,
+            billing=options.billing,
             keep_alive_s=float(options.keep_alive_s),
             isolation=self._isolation.name,
             preload=list(options.preload),
@@ -258,6 +278,7 @@ class LocalPlatform:
         except OSError as error:
             raise PlatformError(f"cannot start the helper process: {error}") from error
         self._helper, self._ready = helper, False
+        self._opened.clear()
         self._reader = threading.Thread(
             target=self._read_events, args=(helper,), name="smlt-local-events", daemon=True
         )
@@ -292,26 +313,44 @@ class LocalPlatform:
 
     def _on_lost(self, number: int, how: str) -> None:
         started = self._deliveries[number].started
+        wall_s = 0.0 if started is None else self._clock.monotonic() - started
         if self._closed:
-            lost = _never_ran(number, "cancelled", "the platform was closed")
+            self._end_here(number, "cancelled", "the platform was closed", wall_s)
         else:
             detail = f"the helper process that runs functions died ({how})"
-            lost = _never_ran(number, "crashed", detail)
-        wall_s = 0.0 if started is None else self._clock.monotonic() - started
-        self._on_ended({**lost, "wall_s": wall_s})
+            self._end_here(number, "crashed", detail, wall_s)
+
+    def _end_here(self, number: int, ending: str, detail: str, wall_s: float = 0.0) -> None:
+        """Ends a delivery of which the helper cannot tell anything."""
+        order = self._deliveries[number].order
+        billed = billed_ms(self._options.billing, wall_s, 0.0, order["cores"], order["timeout_s"])
+        try:
+            bills.write_ended(order, ending, billed)
+        except OSError as error:
+            _log.warning("could not write the bill: %s", error)
+        self._on_ended(
+            {
+                "delivery": number,
+                "ending": ending,
+                "detail": detail,
+                "cold": True,
+                "billed_ms": billed,
+                "cpu_s": 0.0,
+                "peak_mb": 0.0,
+            }
+        )
 
     def _on_ended(self, event: dict[str, Any]) -> None:
         delivery = self._deliveries.pop(event["delivery"])
         execution = delivery.execution
         execution.running.discard(event["delivery"])
-        billed_ms = self._billed_ms(execution.invocation, event["wall_s"], event["cpu_s"])
-        self._mb_ms += billed_ms * execution.invocation.memory_mb
+        self._mb_ms += event["billed_ms"] * execution.invocation.memory_mb
         started = delivery.started
         execution.results.append(
             InvocationResult(
                 invocation_id=execution.invocation.invocation_id,
                 ending=event["ending"],
-                billed_s=billed_ms / 1000,
+                billed_s=event["billed_ms"] / 1000,
                 cold=event["cold"],
                 peak_mb=event["peak_mb"],
                 start_s=0.0 if started is None else started - execution.called,
@@ -321,14 +360,7 @@ class LocalPlatform:
         )
         if not execution.running:
             del self._executions[execution.invocation.invocation_id]
-            self._results.put((execution.on_done, _together(execution.results)))
-
-    def _billed_ms(self, invocation: Invocation, wall_s: float, cpu_s: float) -> int:
-        seconds = wall_s
-        if self._options.billing == "cpu":
-            seconds = cpu_s / self.cores(invocation.memory_mb)
-        limit_s = min(invocation.timeout_s, self._limits.time_limit_s)
-        return max(1, math.ceil(min(seconds, limit_s) * 1000))
+            self._results.put((execution.on_done, bills.together(execution.results)))
 
     def _tell_results(self) -> None:
         while (item := self._results.get()) is not None:
@@ -352,39 +384,11 @@ class _Execution:
 
 @dataclass
 class _Delivery:
-    """One run of an invocation; ``started`` when the function's code began."""
+    """One run of an invocation, as it was ordered; ``started`` when the function's code began."""
 
     execution: _Execution
+    order: channel.Message
     started: float | None = None
-
-
-def _together(results: list[InvocationResult]) -> InvocationResult:
-    """One result for all deliveries of an invocation."""
-    told = next((r for r in results if r.ending == "returned"), results[0])
-    return InvocationResult(
-        invocation_id=told.invocation_id,
-        ending=told.ending,
-        billed_s=sum(round(r.billed_s * 1000) for r in results) / 1000,
-        deliveries=len(results),
-        cold=any(r.cold for r in results),
-        peak_mb=max(r.peak_mb for r in results),
-        start_s=min((r.start_s for r in results if r.start_s > 0), default=0.0),
-        cpu_s=sum(r.cpu_s for r in results),
-        detail=told.detail,
-    )
-
-
-def _never_ran(number: int, ending: str, detail: str) -> dict[str, Any]:
-    """What the helper would say of a delivery that used nothing."""
-    return {
-        "delivery": number,
-        "ending": ending,
-        "detail": detail,
-        "cold": True,
-        "wall_s": 0.0,
-        "cpu_s": 0.0,
-        "peak_mb": 0.0,
-    }
 
 
 def _send(helper: Helper, message: channel.Message, payload: bytes = b"") -> None:
@@ -398,9 +402,16 @@ def _send(helper: Helper, message: channel.Message, payload: bytes = b"") -> Non
 
 
 if TYPE_CHECKING:
-    from smlt_tune.backend.platforms.base import Cancels, EndsWithClient, Platform, Scales
+    from smlt_tune.backend.platforms.base import (
+        Cancels,
+        EndsWithClient,
+        KeepsBills,
+        Platform,
+        Scales,
+    )
 
     _: Platform = LocalPlatform()
     _cancels: Cancels = LocalPlatform()
     _ends: EndsWithClient = LocalPlatform()
+    _keeps: KeepsBills = LocalPlatform()
     _scales: Scales = LocalPlatform()

@@ -1,5 +1,6 @@
 """What may be asked of the local platform: options of it and of single invocations."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,6 +120,20 @@ def check_delivery(invocation: Invocation) -> None:
         mistakes.append(f"log_path={str(invocation.log_path)!r}: its folder does not exist")
     if mistakes:
         raise InvalidInput(mistakes)
+
+
+def billed_ms(billing: Billing, wall_s: float, cpu_s: float, cores: float, limit_s: float) -> int:
+    """For how long one delivery is billed, milliseconds.
+
+    Args:
+        billing: By what.
+        wall_s: Time that it took, seconds.
+        cpu_s: CPU time that it used, seconds.
+        cores: Real cores that it might use.
+        limit_s: Its time limit, seconds.
+    """
+    seconds = cpu_s / cores if billing == "cpu" else wall_s
+    return max(1, math.ceil(min(seconds, limit_s) * 1000))
 
 
 def _mistake_of_machine(system: str = sys.platform) -> list[str]:

@@ -11,13 +11,15 @@ import resource
 import selectors
 import signal
 import socket
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from smlt_tune.backend.platforms.local import channel, instance, linux
+from smlt_tune.backend.platforms.local import bills, channel, instance, linux
 from smlt_tune.backend.platforms.local.isolation import Cage, Isolation, Share
+from smlt_tune.backend.platforms.local.options import Billing, billed_ms
 from smlt_tune.runtime.clock import Clock
 
 #: How often it is tried again to remove limits from which processes have not yet gone, seconds.
@@ -34,6 +36,7 @@ class Settings:
         client: Process of the client.
         entry: ``module:function`` that instances run.
         concurrency: How many instances may exist.
+        billing: By what deliveries are billed.
         keep_alive_s: How long an idle instance stays warm, seconds.
         isolation: Name of the isolation.
         preload: Modules to import once, where they are installed.
@@ -42,6 +45,7 @@ class Settings:
     client: int
     entry: str
     concurrency: int
+    billing: Billing
     keep_alive_s: float
     isolation: str
     preload: list[str]
@@ -51,11 +55,15 @@ class Settings:
 class _Delivery:
     """One run of an invocation; times in seconds of the clock."""
 
-    number: int
+    order: channel.Message
     cold: bool
     started: float
     deadline: float
-    timeout_s: float
+
+    @property
+    def number(self) -> int:
+        """By which the client knows it."""
+        return int(self.order["delivery"])
 
 
 @dataclass
@@ -161,6 +169,11 @@ class Supervisor:
             self._cancel(frame[0]["delivery"])
 
     def _deliver(self, order: channel.Message, payload: bytes) -> None:
+        try:
+            bills.write_begun(order)
+        except OSError as error:  # what is not on the bill must not run: nobody would know of it
+            self._tell_end(order, "crashed", f"could not write the bill: {error}")
+            return
         started = self._clock.monotonic()
         share = Share(order["memory_mb"], order["cores"], self._preloaded)
         if share.own_bytes <= 0:
@@ -168,15 +181,14 @@ class Supervisor:
                 f"the preloaded modules alone take {self._preloaded.total / linux.MB:.0f} MB of "
                 f"the function's {share.memory_mb} MB: give it more memory, or preload less"
             )
-            self._tell_end(order["delivery"], "out_of_memory", detail, peak=self._preloaded.total)
+            self._tell_end(order, "out_of_memory", detail, peak=self._preloaded.total)
             return
         try:
             found, cold = self._hand_over(order, payload, share)
         except OSError as error:
-            self._tell_end(order["delivery"], "crashed", f"could not start a function: {error}")
+            self._tell_end(order, "crashed", f"could not start a function: {error}")
             return
-        timeout_s = order["timeout_s"]
-        found.delivery = _Delivery(order["delivery"], cold, started, started + timeout_s, timeout_s)
+        found.delivery = _Delivery(order, cold, started, started + order["timeout_s"])
         found.peak = 0
         self._instances.move_to_end(found.pid)
 
@@ -301,7 +313,7 @@ class Supervisor:
                 "function more memory"
             )
         self._tell_end(
-            delivery.number,
+            delivery.order,
             ending,
             detail,
             cold=delivery.cold,
@@ -394,9 +406,8 @@ class Supervisor:
 
     def _look_at(self, busy: _Instance, delivery: _Delivery, now: float) -> None:
         if now >= delivery.deadline:
-            self._kill(
-                busy, "timed_out", f"ran longer than its time limit of {delivery.timeout_s:g} s"
-            )
+            limit_s = delivery.order["timeout_s"]
+            self._kill(busy, "timed_out", f"ran longer than its time limit of {limit_s:g} s")
         elif busy.cage.interval_s is not None:
             busy.cage.enforce(now)
             if busy.cage.exceeded_mb(0):
@@ -436,7 +447,7 @@ class Supervisor:
 
     def _tell_end(
         self,
-        number: int,
+        order: channel.Message,
         ending: str,
         detail: str,
         *,
@@ -445,13 +456,20 @@ class Supervisor:
         cpu_s: float = 0.0,
         peak: int = 0,
     ) -> None:
+        billed = billed_ms(
+            self._settings.billing, wall_s, cpu_s, order["cores"], order["timeout_s"]
+        )
+        try:  # first: the client may die before it has read the message, and the other way round
+            bills.write_ended(order, ending, billed)
+        except OSError as error:
+            print(f"could not write the bill: {error}", file=sys.stderr)  # noqa: T201
         self._tell(
             "ended",
-            delivery=number,
+            delivery=order["delivery"],
             ending=ending,
             detail=detail,
             cold=cold,
-            wall_s=wall_s,
+            billed_ms=billed,
             cpu_s=cpu_s,
             peak_mb=peak / linux.MB,
         )
