@@ -12,6 +12,7 @@ from nni.tools.nnictl.constants import NNI_HOME_DIR
 
 import smlt_tune as smlt
 from smlt_tune.backend.resource_manager.policy import PinnedOrDefault
+from tests import bills
 from tests.conftest import eventually
 from tests.integrations.nni.searches import experiment, score, slow
 
@@ -78,6 +79,7 @@ def test_the_search_of_a_killed_driver_goes_on_and_nothing_runs_twice(platform, 
         assert [c.model.metrics.intermediates for c in candidates] == [[0.0, 1.0, 2.0, 3.0]] * 8
         assert sum(c.cost_usd for c in candidates) <= fleet.settled_usd + 1e-9
         assert fleet.settled_usd > spent
+    assert bills.paid(fleet.path) == bills.charged(fleet.path)
     begun = epochs(tmp_path)
     for candidate in candidates:
         if candidate.name in ended:

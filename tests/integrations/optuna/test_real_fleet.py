@@ -15,6 +15,7 @@ import smlt_tune as smlt
 from smlt_tune.backend.platforms.local import LocalPlatform
 from smlt_tune.errors import BudgetExhausted, TrainingFunctionError
 from smlt_tune.integrations import optuna as smlt_optuna
+from tests import bills
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
@@ -167,6 +168,7 @@ def test_a_killed_driver_is_continued_and_nothing_runs_twice(tmp_path):
             x = trial.params["x"]
             assert list(trial.intermediate_values.values()) == [x * (n + 1) for n in range(8)]
         assert len(fleet.jobs()) == len(study.trials)
+    assert bills.paid(fleet.path) == bills.charged(fleet.path)
 
 
 def count_reports(driver, folder):

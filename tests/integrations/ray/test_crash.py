@@ -20,6 +20,7 @@ from ray import tune
 
 import smlt_tune as smlt
 from smlt_tune.integrations.ray import SmltResources
+from tests import bills
 from tests.conftest import eventually
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
@@ -120,6 +121,8 @@ def test_a_killed_driver_is_restored(cluster, tmp_path, ray_folder, where, attem
     ]
     counts = Counter(lines(tmp_path / "notes"))
     assert len(counts) == TRIALS * STEPS
+    [journal] = tmp_path.rglob("history.sqlite3")
+    assert bills.paid(journal.parent) == bills.charged(journal.parent)
     for lr in ("0.1", "0.2", "0.3"):  # at most the step in which it was killed
         again = [line for line, times in counts.items() if times > 1 and line.startswith(lr)]
         assert len(again) <= 1
