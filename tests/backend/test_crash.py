@@ -17,7 +17,8 @@ import pytest
 import smlt_tune as smlt
 from smlt_tune.backend.embedded_store import EmbeddedStore
 from smlt_tune.backend.history import History, read_history
-from smlt_tune.backend.prices import usd_to_nanos
+from smlt_tune.backend.platforms.local import probe
+from smlt_tune.backend.prices import load_prices, usd_to_nanos
 from smlt_tune.backend.project_ledger import ProjectLedger
 from smlt_tune.errors import InvalidInput
 from smlt_tune.runtime.clock import SYSTEM_CLOCK
@@ -135,14 +136,14 @@ def test_a_killed_clients_jobs_go_on_where_they_were(places, platform, tmp_path)
     assert gone(mark) == []
     left = {e.body["entry_id"]: e.body for e in read_history(folder) if e.kind == "ledger"}
     unsettled = [name for name, entry in left.items() if entry["settled_usd"] is None]
-    assert len(unsettled) == 3
+    assert unsettled
     with smlt.Fleet.open(folder, platform=platform, budget_usd=1.0) as fleet:
         assert [job.job_id for job in fleet.jobs()] == ["short", "n1", "n2"]
         # What was under way did cost what the platform has charged for it, to the nano-dollar.
         taken_over = {e.entry_id: e.settled_usd for e in fleet.ledger.entries()}
         charged = bills.charged(folder)
         assert {name: usd_to_nanos(taken_over[name]) for name in left} == {
-            name: charged[name] for name in left
+            name: charged.get(name, 0) for name in left
         }
         short = fleet.submit(jobs.train, {}, name="short")  # known and over: nothing runs
         assert short.result(1).status == "finished"
@@ -167,6 +168,34 @@ def test_a_killed_clients_jobs_go_on_where_they_were(places, platform, tmp_path)
     assert bills.paid(folder) == charged
     with closing(ProjectLedger(folder, "another", None, SYSTEM_CLOCK)) as project:
         assert project.available() == 2 * 10**9 - sum(charged.values())
+
+
+def test_what_was_lost_with_its_helper_counts_at_its_most(places, platform, tmp_path, caplog):
+    notes, _, mark = places
+    folder = tmp_path / "fleet"
+    client = started(str(folder), notes, mark)
+    bill = folder / "bills" / "0.jsonl"
+    helper = json.loads(bill.read_text().splitlines()[0])["helper"]
+    os.kill(helper, signal.SIGSTOP)
+    client.kill()
+    os.kill(helper, signal.SIGKILL)
+    client.communicate()
+    assert gone(mark) == []
+    probe.find("auto").reap(SYSTEM_CLOCK)  # as the next start would
+    lines = [json.loads(line) for line in bill.read_text().splitlines()]
+    lost = {line["invocation"] for line in lines if line["line"] == "begun"}
+    lost -= {line["invocation"] for line in lines if line["line"] == "ended"}
+    assert lost
+    at = {e.body["entry_id"]: e.at for e in reversed(read_history(folder)) if e.kind == "ledger"}
+    with smlt.Fleet.open(folder, platform=platform) as fleet:
+        now_at, prices = time.time(), load_prices()
+        entries = {entry.entry_id: entry for entry in fleet.ledger.entries()}
+        for name in lost:
+            assert f"what {name} did cost is not known" in caplog.text
+            most = prices.invocation_usd(1769, now_at - at[name] + platform.outlives_s)
+            assert 0 < entries[name].settled_usd <= min(most, entries[name].reserved_usd)
+    known = {name: nanos for name, nanos in bills.paid(folder).items() if name not in lost}
+    assert known == bills.charged(folder)
 
 
 def test_a_client_that_was_killed_between_reserving_and_starting(platform, tmp_path):

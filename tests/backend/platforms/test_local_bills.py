@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from smlt_tune.backend.platforms.base import Invocation
-from smlt_tune.backend.platforms.local import LocalPlatform, linux
+from smlt_tune.backend.platforms.local import LocalPlatform, linux, probe
 from smlt_tune.errors import PlatformError
+from smlt_tune.runtime.clock import SYSTEM_CLOCK
 from tests.conftest import eventually
 from tests.contracts.platform import PATIENCE_S
 from tests.contracts.platform_functions import ENTRY, order
@@ -124,6 +125,8 @@ def test_the_functions_of_a_client_that_was_killed_with_its_helper(started, char
     os.kill(int(helper), signal.SIGSTOP)
     client.kill()
     os.kill(int(helper), signal.SIGKILL)
+    eventually(lambda: linux.start_ticks(int(helper)) == 0)
+    probe.find("auto").reap(SYSTEM_CLOCK)  # as the next start would
     # Nobody has seen how the others ended; but that one never began is certain.
     assert charged(client) == {"ends": (float(ended[2]), 2, "returned"), "never": None}
 

@@ -101,20 +101,22 @@ def read(path: Path, names: Iterable[str], clock: Clock) -> dict[str, Charge | N
     here = _here()
     opened = [line for line in _lines(path) if line["line"] == "opened"]
     give_up_s = clock.monotonic() + HELPER_ENDS_S
-    while (alive := any(map(_runs, opened))) and clock.monotonic() < give_up_s:
+    while (alive := any(_runs(line, here) for line in opened)) and clock.monotonic() < give_up_s:
         clock.sleep(_POLL_S)
-    complete = not alive and all(here and line["where"] == here for line in opened)
-    deliveries: defaultdict[str, dict[int, Line | None]] = defaultdict(dict)
-    for line in _lines(path):
-        complete = complete and line["line"] != _UNREADABLE
-        runs = deliveries[line.get("invocation", "")]
-        if "delivery" in line and runs.get(line["delivery"]) is None:
-            runs[line["delivery"]] = line if line["line"] == "ended" else None
+    lines = _lines(path)
+    complete = (
+        not alive
+        and all(here and line["where"] == here for line in opened)
+        and all(line["line"] != _UNREADABLE for line in lines)
+    )
+    deliveries = _by_invocation(lines)
     found: dict[str, Charge | None] = {}
     for name in names:
         ended = [line for line in deliveries[name].values() if line is not None]
-        ran = max((line["deliveries"] for line in ended), default=1)
-        if len(ended) >= (len(deliveries[name]) if complete else ran):
+        begun = len(deliveries[name])
+        if not complete:  # all that were ordered may have begun
+            begun = max((line["deliveries"] for line in ended), default=1)
+        if len(ended) >= begun:
             found[name] = _charge(ended) if ended else None
     return found
 
@@ -135,6 +137,17 @@ def together(results: list[InvocationResult]) -> InvocationResult:
     )
 
 
+def _by_invocation(lines: list[Line]) -> defaultdict[str, dict[int, Line | None]]:
+    """The end of every delivery that has begun or ended; None for one that has only begun."""
+    found: defaultdict[str, dict[int, Line | None]] = defaultdict(dict)
+    for line in lines:
+        if line["line"] in ("begun", "ended"):
+            deliveries = found[line["invocation"]]
+            if deliveries.get(line["delivery"]) is None:
+                deliveries[line["delivery"]] = line if line["line"] == "ended" else None
+    return found
+
+
 def _charge(ended: list[Line]) -> Charge:
     results = [
         InvocationResult(line["invocation"], line["ending"], line["billed_ms"] / 1000)
@@ -143,10 +156,10 @@ def _charge(ended: list[Line]) -> Charge:
     return Charge(ended[0]["memory_mb"], ended[0]["timeout_s"], together(results))
 
 
-def _runs(opened: Line) -> bool:
+def _runs(opened: Line, here: str) -> bool:
     """Whether the helper of a line is alive, as far as this process can see it."""
     started = linux.start_ticks(opened["helper"])
-    return bool(opened["where"] == _here() and started and started == opened["ticks"])
+    return bool(opened["where"] == here and started and started == opened["ticks"])
 
 
 def _here() -> str:

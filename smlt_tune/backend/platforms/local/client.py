@@ -110,7 +110,7 @@ class LocalPlatform:
         self._clock = clock
         self._owner = os.getpid()
         self._numbers = itertools.count(1)
-        # The state; nothing blocks while it is held.
+        # The state; nobody waits for another process while it is held.
         self._lock = threading.Lock()
         self._executions: dict[str, _Execution] = {}
         self._deliveries: dict[int, _Delivery] = {}
