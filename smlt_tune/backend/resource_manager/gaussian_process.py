@@ -23,9 +23,10 @@ mean m and covariance K, variances are multiplied by (nu + (y - m)' K^-1 (y - m)
 is above 1 (the posterior scale of a Student-t process; Shah et al., 2014).
 
 The hyper-parameters are fixed: with the dozens of observations that a search has, fitting them
-costs more than it brings (and a fit in the middle of a job would make decisions jump). Kernels are
-gpytorch's; the posterior is written out, because an exact GP of gpytorch computes the covariance of
-all test points with each other, which costs twenty times as much as all the rest.
+costs more than it brings (and a fit in the middle of a job would make decisions jump). The kernel
+is one of gpytorch's kind, so that its exact GP is the peer that tests hold this against; the
+posterior is written out, because that GP computes the covariance of all test points with each
+other, which costs twenty times as much as all the rest.
 """
 
 import math
@@ -33,6 +34,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from typing import Any
 
 import gpytorch
@@ -72,14 +74,20 @@ _STEPS = 4
 _JITTER = 1e-8
 #: Degrees of freedom of the prior of the scale of all covariances, nu.
 SCALE_DOF = 8.0
-#: Columns of the kernel's inputs: J S0^(1/2), shares of the time, the trial's number, whether it is
-#: the whole time, the place.
+#: Columns of the kernel's inputs: J S0^(1/2), shares of the time (of computation first), the
+#: trial's number, whether it is the whole time, the place (ln of n, m, P, F, B, F / P).
 _SHARES = len(PRIOR)
 _TRIAL = _SHARES + 2
 _WHOLE = _TRIAL + 1
 _PLACE = _WHOLE + 1
 #: The shares carry the trial's standard deviation already.
 _KIND = KIND_SD / TRIAL_COMPUTE_SD
+#: Length scales of kind, field and context over the place: infinite where it does not matter.
+_SCALES = (
+    (inf, inf, KIND_SCALES[0], inf, KIND_SCALES[2], KIND_SCALES[1]),
+    (*FIELD_SCALES, inf, inf, inf, inf),
+    (*CONTEXT_SCALES, inf),
+)
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,24 @@ class Measurements:
     whole: NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class Apart:
+    """What of the covariances of some places with others does not depend on theta.
+
+    Attributes:
+        same: Whether they are of one trial, shape (p, q).
+        kinds: How much of the effect of the kind of layers they share, and the same of the trial's
+            own effect on computation, shape (p, q).
+        fields: What the analytic model gets wrong, shape (p, q).
+    """
+
+    same: torch.Tensor
+    kinds: torch.Tensor
+    fields: torch.Tensor
+
+
 class AnalyticKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
-    """``J S0 J'`` alone; its inputs are what :func:`features` gives, shape (p, 19)."""
+    """``J S0 J'`` alone; its inputs are what :func:`features` gives, shape (p, 20)."""
 
     #: What the analytic model gets wrong is noise then, as a standard deviation of ln t.
     noise_sd = 0.08
@@ -113,23 +137,19 @@ class AnalyticKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
     ) -> torch.Tensor:
         if diag:  # gpytorch asks for it of equal inputs only
             return self.variance(x1)
-        return self.physics(x1, x2, self.kinds(x1, x2)) + self.fields(x1, x2)
+        return self.covariance(x1, x2, self.apart(x1, x2))
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:
         """Of each, shape (p,)."""
         return (x[:, :_SHARES] ** 2).sum(1)
 
-    def physics(self, x1: torch.Tensor, x2: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-        """What depends on theta."""
+    def apart(self, x1: torch.Tensor, x2: torch.Tensor) -> Apart | None:
+        """What :meth:`covariance` needs again for every theta: nothing."""
+        return None
+
+    def covariance(self, x1: torch.Tensor, x2: torch.Tensor, apart: Apart | None) -> torch.Tensor:
+        """Of all places with all others, shape (p, q)."""
         return x1[:, :_SHARES] @ x2[:, :_SHARES].T
-
-    def kinds(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-        """Nothing."""
-        return torch.zeros((), dtype=x1.dtype)
-
-    def fields(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-        """Nothing."""
-        return torch.zeros(len(x1), len(x2), dtype=x1.dtype)
 
 
 class TimeKernel(AnalyticKernel):
@@ -137,47 +157,37 @@ class TimeKernel(AnalyticKernel):
 
     noise_sd = 0.0
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.kind = _matern(KIND_SCALES)
-        self.field = _matern(FIELD_SCALES)
-        self.context = _matern(CONTEXT_SCALES)
-        self.double()
-
     def variance(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         kind = (x[:, _SHARES] * _KIND) ** 2
         fields = x[:, _WHOLE] * (FIELD_SD**2 + CONTEXT_SD**2)
         return (x[:, :_TRIAL] ** 2).sum(1) + kind + fields
 
-    def physics(self, x1: torch.Tensor, x2: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-        """``J S0 J'`` + trial + kind: what depends on theta."""
-        same = x1[:, _TRIAL, None] == x2[:, _TRIAL]
-        effects = x1[:, _SHARES:_TRIAL] @ x2[:, _SHARES:_TRIAL].T
-        kind = kinds * torch.outer(x1[:, _SHARES], x2[:, _SHARES])
-        return super().physics(x1, x2, kinds) + same * effects + kind
+    def apart(self, x1: torch.Tensor, x2: torch.Tensor) -> Apart:  # noqa: D102
+        same = (x1[:, _TRIAL, None] == x2[:, _TRIAL]).to(x1.dtype)
+        kind, field, context = _matern(x1[:, _PLACE:], x2[:, _PLACE:])
+        fields = FIELD_SD**2 * field + CONTEXT_SD**2 * context
+        fields = fields * torch.outer(x1[:, _WHOLE], x2[:, _WHOLE])
+        return Apart(same, same + _KIND**2 * kind, fields)
 
-    def kinds(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-        """How much of the effect of the kind of layers two places share."""
-
-        def place(x: torch.Tensor) -> torch.Tensor:
-            ln_p, ln_f, ln_b = x[:, _PLACE + 2 :].T
-            return torch.stack([ln_p, ln_f - ln_p, ln_b], dim=1)
-
-        return torch.as_tensor(_KIND**2 * self.kind.forward(place(x1), place(x2)))
-
-    def fields(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-        """What the analytic model gets wrong: field + context."""
-        size = len(FIELD_SCALES)
-        a, b = x1[:, _PLACE:], x2[:, _PLACE:]
-        field = FIELD_SD**2 * self.field.forward(a[:, :size], b[:, :size])
-        context = CONTEXT_SD**2 * self.context.forward(a, b)
-        return torch.as_tensor((field + context) * torch.outer(x1[:, _WHOLE], x2[:, _WHOLE]))
+    def covariance(  # noqa: D102
+        self, x1: torch.Tensor, x2: torch.Tensor, apart: Apart | None
+    ) -> torch.Tensor:
+        assert apart is not None
+        physics = torch.addmm(apart.fields, x1[:, :_SHARES], x2[:, :_SHARES].T)
+        for effects, share in ((apart.kinds, _SHARES), (apart.same, _SHARES + 1)):
+            physics.addcmul_(effects, torch.outer(x1[:, share], x2[:, share]))
+        return physics
 
 
-def _matern(scales: tuple[float, ...]) -> gpytorch.kernels.Kernel:
-    kernel = gpytorch.kernels.MaternKernel(nu=2.5, ard_num_dims=len(scales))
-    kernel.lengthscale = torch.tensor(scales)
-    return kernel
+def _matern(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+    """Matern 5/2 of kind, field and context, shape (3, p, q).
+
+    What gpytorch's kernel gives, in one call for all three and without its checks: with matrices
+    this small a call costs more than what it computes.
+    """
+    scales = torch.as_tensor(_SCALES, dtype=x1.dtype)[:, None, :]
+    away = math.sqrt(5.0) * torch.cdist(x1 / scales, x2 / scales)
+    return (1.0 + away + away**2 / 3.0) * torch.exp(-away)
 
 
 @contextmanager
@@ -199,7 +209,7 @@ def time_kernel(*, residual: bool = True) -> AnalyticKernel:
 
 
 def features(at: Points, times: Times, trials: Array, whole: Array) -> torch.Tensor:
-    """Inputs of the kernel, shape (p, 19).
+    """Inputs of the kernel, shape (p, 20).
 
     Args:
         at: The points.
@@ -207,16 +217,17 @@ def features(at: Points, times: Times, trials: Array, whole: Array) -> torch.Ten
         trials: Numbers of their trials, shape (p,).
         whole: 1 for the whole time, 0 for what a worker computes by itself, shape (p,).
     """
-    logs = [at.workers, at.memory_mb, at.parameters, at.flops, at.batch]
+    size, work = at.parameters, at.flops
+    logs = [at.workers, at.memory_mb, size, work, at.batch, work / size]
     columns = [
         *(times.gradient * THETA_SD).T,
         TRIAL_COMPUTE_SD * times.compute_share,
         TRIAL_SYNC_SD * (1.0 - times.compute_share),
         trials,
         whole,
-        *(np.log(column) for column in logs),
+        *np.log(logs),
     ]
-    return torch.from_numpy(np.stack(columns, axis=1))
+    return torch.from_numpy(np.array(columns).T)
 
 
 class GaussianProcess:
@@ -235,6 +246,9 @@ class GaussianProcess:
         self._measured = measured
         self._kernel = time_kernel(residual=residual)
         self._theta, self._scale = THETA_MEAN, 1.0
+        self._whole = measured.whole.astype(np.float64)
+        self._times = model.at(measured.at, self._whole)
+        self._apart: Apart | None = None
         self._noise = noise_sd(measured.iterations) ** 2 + self._kernel.noise_sd**2
         self._noise = self._noise + np.where(measured.whole, 0.0, COMPUTATION_NOISE**2)
         if len(measured.ln_s):
@@ -265,7 +279,7 @@ class GaussianProcess:
         with torch.no_grad():
             variance = self._kernel.variance(x).numpy()
             if len(self._measured.ln_s):
-                across = self._kernel.forward(self._x, x)
+                across = self._kernel.covariance(self._x, x, self._kernel.apart(self._x, x))
                 half = torch.linalg.solve_triangular(self._factor, across, upper=False)
                 mean = mean + (across.T @ self._weights).numpy()
                 variance = variance - (half**2).sum(0).numpy()
@@ -273,18 +287,17 @@ class GaussianProcess:
 
     def _fit(self) -> None:
         """Finds the most probable theta, and the posterior there (Gauss-Newton)."""
-        measured, kernel = self._measured, self._kernel
-        apart = kinds = None
+        measured = self._measured
         for last in (*[False] * (_STEPS - 1), True):
-            times = self._times(measured)
-            whole = measured.whole.astype(np.float64)
-            self._x = x = features(measured.at, times, measured.trials, whole)
+            times = self._times(self._theta)
+            self._x = x = features(measured.at, times, measured.trials, self._whole)
             surprise = measured.ln_s - times.ln_s - times.gradient @ (THETA_MEAN - self._theta)
             with torch.no_grad():
-                if apart is None or kinds is None:  # the same for every theta
-                    apart, kinds = kernel.fields(x, x), kernel.kinds(x, x)
-                    apart.diagonal().add_(torch.from_numpy(self._noise) + _JITTER)
-                self._factor = torch.linalg.cholesky(kernel.physics(x, x, kinds) + apart)
+                if self._apart is None:
+                    self._apart = self._kernel.apart(x, x)
+                covariance = self._kernel.covariance(x, x, self._apart)
+                covariance.diagonal().add_(torch.from_numpy(self._noise + _JITTER))
+                self._factor = torch.linalg.cholesky(covariance)
                 self._weights = torch.cholesky_solve(
                     torch.from_numpy(surprise)[:, None], self._factor
                 )[:, 0]
@@ -294,18 +307,6 @@ class GaussianProcess:
         count, surprises = len(surprise), float(surprise @ self._weights.numpy())
         # Not narrower: what siblings have in common says less of the next one than it seems.
         self._scale = max(1.0, math.sqrt((SCALE_DOF + surprises) / (SCALE_DOF + count)))
-
-    def _times(self, measured: Measurements) -> Times:
-        """What the analytic model says of what was measured."""
-        times = self._model(measured.at, self._theta)
-        if measured.whole.all():
-            return times
-        own = self._model.computation(measured.at, self._theta)
-        return Times(
-            np.where(measured.whole, times.ln_s, own.ln_s),
-            np.where(measured.whole, times.compute_share, own.compute_share),
-            np.where(measured.whole[:, None], times.gradient, own.gradient),
-        )
 
     def _discount_stragglers(self) -> bool:
         """Adds noise to what is far slower than the other measurements say (leave one out)."""

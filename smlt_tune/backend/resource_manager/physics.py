@@ -66,13 +66,14 @@ PRIOR = {
 }
 THETA_MEAN: Array = np.array([math.log(median) for median, _ in PRIOR.values()])
 THETA_SD: Array = np.array([sd for _, sd in PRIOR.values()])
-_INDEX = {name: i for i, name in enumerate(PRIOR)}
 
 #: FLOPs per parameter and sample of a dense layer, forward and backward: for want of a count.
 DENSE_FLOPS = 6.0
 #: A store that other jobs keep busy still gives this share.
 LEAST_SHARE = 0.1
 _NORM = 4.0
+#: Instead of 0 below a fraction.
+_TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -155,66 +156,90 @@ class IterationTime:
             at: Where; p points.
             theta: Of the unknowns, as in ``PRIOR``.
         """
-        _, _, _, _, odds, varsigma, omega, big_omega, lam, eta = np.exp(theta)
-        table, n, many = self._table, at.workers, at.workers > 1
-        speed, d_speed = self._speed(at.memory_mb, odds)
-        straggling = varsigma * np.sqrt(2.0 * np.log(n))
-        parts = self._computation(at, theta) * (1.0 + straggling) / speed
-        samples, lost, per_parameter, fixed = parts
-        compute = parts.sum(axis=0)
+        return self.at(at, np.ones_like(at.workers))(theta)
 
-        moved = np.where(many, at.sync_bytes * (3.0 - 2.0 / n), 0.0)
-        link = moved / (omega * table.bandwidth)
-        store = n * moved / (big_omega * at.store_bandwidth)
-        narrowest = (link**_NORM + store**_NORM) ** (1.0 / _NORM)
-        requests = np.where(many, lam * at.latency_s * (4.0 + (3.0 * n + 1.0) / 5.0), 0.0)
-        handling = eta * table.handling_s * moved / speed
+    def computation(self, at: Points, theta: Array) -> Times:
+        """The same of what a worker computes by itself, without waiting for the others."""
+        return self.at(at, np.zeros_like(at.workers))(theta)
+
+    def at(self, points: Points, whole: Array) -> "IterationTimeAt":
+        """The model at some points, for more than one theta.
+
+        Args:
+            points: Where; p points.
+            whole: 1 for the whole time, 0 for what a worker computes by itself, shape (p,).
+        """
+        return IterationTimeAt(self._table, points, whole)
+
+
+class IterationTimeAt:
+    """The model at some points: what does not depend on theta is worked out once.
+
+    Args:
+        table: Of the platform.
+        at: Where; p points.
+        whole: 1 for the whole time, 0 for what a worker computes by itself, shape (p,).
+    """
+
+    def __init__(self, table: PlatformTable, at: Points, whole: Array) -> None:
+        n, together = at.workers, whole * (at.workers > 1)
+        self._per_sample, self._parameters = at.flops / table.flops, at.parameters
+        self._part = at.part
+        self._speed = table.speed_at(at.memory_mb)
+        self._parallel = (at.memory_mb > MB_PER_VCPU) & (self._speed > 1.0)
+        self._slowest = whole * np.sqrt(2.0 * np.log(n))
+        moved = together * at.sync_bytes * (3.0 - 2.0 / n)
+        self._link = (moved / table.bandwidth) ** _NORM
+        self._store = (n * moved / at.store_bandwidth) ** _NORM
+        self._requests = together * at.latency_s * (4.0 + (3.0 * n + 1.0) / 5.0)
+        self._handling = table.handling_s * moved
+
+    def __call__(self, theta: Array) -> Times:
+        """Time per iteration, its parts and its derivatives.
+
+        Args:
+            theta: Of the unknowns, as in ``PRIOR``.
+        """
+        kappa, beta, pi, tau, odds, varsigma, omega, big_omega, lam, eta = np.exp(theta).tolist()
+        speed, d_speed = self._speed_with(odds)
+        straggling = 1.0 + varsigma * self._slowest
+        slowness = straggling / speed  # of what is computed
+        samples = kappa * self._per_sample * self._part * slowness
+        lost = kappa * beta * self._per_sample * slowness
+        per_parameter = pi * self._parameters * slowness
+        fixed = tau * slowness
+        compute = samples + lost + per_parameter + fixed
+
+        link = self._link / omega**_NORM
+        both = link + self._store / big_omega**_NORM
+        narrowest = both ** (1.0 / _NORM)
+        of_link = narrowest * (link / np.maximum(both, _TINY))
+        requests = lam * self._requests
+        handling = eta * self._handling / speed
         total = compute + narrowest + requests + handling
 
-        with np.errstate(invalid="ignore", divide="ignore"):
-            of_link = np.where(many, narrowest * (link / narrowest) ** _NORM, 0.0)
-        gradient = np.stack(
+        gradient = np.array(
             [
                 samples + lost,
                 lost,
                 per_parameter,
                 fixed,
                 -(compute + handling) * d_speed,
-                compute * straggling / (1.0 + straggling),
+                compute - compute / straggling,
                 -of_link,
-                -(narrowest - of_link),
+                of_link - narrowest,
                 requests,
                 handling,
-            ],
-            axis=1,
+            ]
         )
-        return Times(np.log(total), compute / total, gradient / total[:, None])
+        return Times(np.log(total), compute / total, (gradient / total).T)
 
-    def computation(self, at: Points, theta: Array) -> Times:
-        """The same of what a worker computes by itself, without waiting for the others."""
-        speed, d_speed = self._speed(at.memory_mb, float(np.exp(theta[_INDEX["phi"]])))
-        parts = self._computation(at, theta) / speed
-        samples, lost, per_parameter, fixed = parts
-        total, gradient = parts.sum(axis=0), np.zeros((len(at.workers), len(PRIOR)))
-        columns = [samples + lost, lost, per_parameter, fixed, -total * d_speed]
-        gradient[:, : len(columns)] = np.stack(columns, axis=1) / total[:, None]
-        return Times(np.log(total), np.ones_like(total), gradient)
-
-    def _computation(self, at: Points, theta: Array) -> Array:
-        """Seconds at the speed of one: of samples, lost to small parts, of parameters, fixed."""
-        kappa, beta, pi, tau = np.exp(theta[:4])
-        per_sample = kappa * at.flops / self._table.flops
-        fixed = np.full_like(at.flops, tau)
-        return np.stack([per_sample * at.part, per_sample * beta, pi * at.parameters, fixed])
-
-    def _speed(self, memory_mb: Array, odds: float) -> tuple[Array, Array]:
+    def _speed_with(self, odds: float) -> tuple[Array, Array]:
         """s*(m), and the derivative of its logarithm by the logarithm of the odds of phi."""
-        speed = self._table.speed_at(memory_mb)
-        phi = odds / (1.0 + odds)
-        above = (memory_mb > MB_PER_VCPU) & (speed > 1.0)
+        speed, phi = self._speed, odds / (1.0 + odds)
         parallel = 1.0 / (1.0 - phi + phi / speed)
-        slope = parallel * (1.0 - 1.0 / speed) * phi * (1.0 - phi)
-        return np.where(above, parallel, speed), np.where(above, slope, 0.0)
+        slope = parallel * (1.0 - 1.0 / speed) * (phi * (1.0 - phi))
+        return np.where(self._parallel, parallel, speed), self._parallel * slope
 
 
 @dataclass(frozen=True)

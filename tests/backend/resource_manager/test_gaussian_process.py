@@ -85,6 +85,24 @@ def test_the_posterior_is_that_of_an_exact_gp_of_gpytorch():
     assert sd == pytest.approx(fitted.scale * posterior.stddev.numpy(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("number", "columns", "scales"),
+    [
+        (0, (2, 5, 4), gp.KIND_SCALES),
+        (1, (0, 1), gp.FIELD_SCALES),
+        (2, (0, 1, 2, 3, 4), gp.CONTEXT_SCALES),
+    ],
+)
+def test_the_matern_kernels_are_those_of_gpytorch(number, columns, scales):
+    rng = np.random.default_rng(8)
+    some, others = torch.from_numpy(rng.normal(8, 3, (2, 40, 6)))
+    others[:9] = some[:9]
+    peer = gpytorch.kernels.MaternKernel(nu=2.5, ard_num_dims=len(scales)).double()
+    peer.lengthscale = torch.tensor(scales)
+    expected = peer(some[:, columns], others[:, columns]).to_dense()
+    assert torch.allclose(gp._matern(some, others)[number], expected, atol=1e-9)
+
+
 @pytest.mark.parametrize(("error", "wider"), [(0.01, False), (0.6, True)])
 def test_intervals_widen_where_measurements_are_off_by_more_than_the_model_allows(error, wider):
     rng = np.random.default_rng(3)
