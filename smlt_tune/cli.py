@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from smlt_tune.backend.watching.metrics import Metric
     from smlt_tune.backend.watching.snapshot import Snapshot
 
-_EXTRAS = {"optuna": "optuna", "gpytorch": "gp", "scipy": "gp", "torch": "torch"}
+_EXTRAS = {"optuna": "optuna", "scipy": "gp", "torch": "torch"}
 
 #: Width of tables where the output is no terminal, characters.
 _LOG_WIDTH = 160
@@ -384,7 +384,7 @@ def _require_search(sweep: "Sweep") -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     """``smlt plan``."""
-    _require("smlt plan", "gpytorch")
+    _require("smlt plan", "scipy")
     from smlt_tune.backend.platform_tables import user_home
     from smlt_tune.backend.sweeps.plan_command import Request, plan
 

@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class LatePolicy:
-    """Stands for a policy that takes seconds to make, because of what it imports.
+    """Stands for a policy that takes long to make, because of what it imports.
 
     It is made for the first who leaves something open; jobs with nothing left to choose never wait
     for it, nor does what is observed meanwhile. May be used from several threads.
@@ -117,13 +117,13 @@ def resource_manager(
         stores: URL and row of the price list of each parameter store, by name.
         profiles: What is known from earlier fleets.
     """
-    if importlib.util.find_spec("gpytorch") is None:
+    if importlib.util.find_spec("scipy") is None:
         _LOG.warning(
-            "sizes of jobs are not optimised, because gpytorch is not installed: "
+            "sizes of jobs are not optimised, because scipy is not installed: "
             "pip install 'smlt-tune[gp]'"
         )
         return PinnedOrDefault()
-    for slow in ("gpytorch", "scipy.special"):  # here, not in the middle of a decision
+    for slow in ("scipy.linalg", "scipy.special"):  # here, not in the middle of a decision
         importlib.import_module(slow)
     from smlt_tune.backend.platform_tables import platform_table, shipped_table, user_home
     from smlt_tune.backend.resource_manager.manager import ResourceManager

@@ -344,24 +344,22 @@ def test_a_policy_that_cannot_be_made_is_the_default(caplog):
     assert "libcudart" in caplog.text
 
 
-def test_without_gpytorch_the_default_sizes_are_used_and_that_is_said(
-    platform, monkeypatch, caplog
-):
+def test_without_scipy_the_default_sizes_are_used_and_that_is_said(platform, monkeypatch, caplog):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "gpytorch" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name)
     )
     with smlt.Fleet(platform=platform) as fleet:
         fleet.submit(jobs.train, {"epochs": 1}, workers=1, memory_mb=1769).result(60)
-        assert "gpytorch" not in caplog.text  # nothing was to be chosen
+        assert "scipy" not in caplog.text  # nothing was to be chosen
         outcome = fleet.submit(jobs.train, {"epochs": 1}).result(60)
         fleet.submit(jobs.train, {"epochs": 1}).result(60)
     assert (outcome.allocations[0].workers, outcome.allocations[0].memory_mb) == (2, 1769)
     assert caplog.text.count("pip install 'smlt-tune[gp]'") == 1
 
 
-def test_with_gpytorch_the_resource_manager_decides(platform, tmp_path):
-    pytest.importorskip("gpytorch")
+def test_with_scipy_the_resource_manager_decides(platform, tmp_path):
+    pytest.importorskip("scipy")
     with smlt.Fleet(platform=platform, project=tmp_path) as fleet:
         fleet.submit(jobs.train, {"epochs": 3, "pause": 0.1}, memory_mb=1769).result(120)
         job = fleet.submit(jobs.train, {"epochs": 1}, memory_mb=1769, max_workers=4)
@@ -371,7 +369,7 @@ def test_with_gpytorch_the_resource_manager_decides(platform, tmp_path):
 
 
 def test_a_job_tries_as_many_allocations_as_were_asked_for_and_trains_meanwhile(platform):
-    pytest.importorskip("gpytorch")
+    pytest.importorskip("scipy")
     with smlt.Fleet(platform=platform, budget_usd=1.0) as fleet:
         job = fleet.submit(growing, memory_mb=1769, max_workers=4, profiles=2)
         outcome = job.result(120)

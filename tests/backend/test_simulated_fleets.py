@@ -409,7 +409,7 @@ def test_the_store_is_rented_by_the_hour_of_virtual_time():
 
 
 def test_the_resource_manager_works_in_virtual_time():
-    pytest.importorskip("gpytorch")
+    pytest.importorskip("scipy")
     features = ModelFeatures(1_000_000, 4_000_000, 6e6, 1e4)
     config = {"epochs": 8, "iterations": 100, "second": 0.5, "batch": 256, "features": features}
     with SimulatedFleet(SimulatedPlatform(SimulationOptions(concurrency=16))) as fleet:

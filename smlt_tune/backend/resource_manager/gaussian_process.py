@@ -23,24 +23,21 @@ mean m and covariance K, variances are multiplied by (nu + (y - m)' K^-1 (y - m)
 is above 1 (the posterior scale of a Student-t process; Shah et al., 2014).
 
 The hyper-parameters are fixed: with the dozens of observations that a search has, fitting them
-costs more than it brings (and a fit in the middle of a job would make decisions jump). The kernel
-is one of gpytorch's kind, so that its exact GP is the peer that tests hold this against; the
-posterior is written out, because that GP computes the covariance of all test points with each
-other, which costs twenty times as much as all the rest.
+costs more than it brings (and a fit in the middle of a job would make decisions jump).
+
+The posterior is written out, in numpy: with the dozens of points that there are, calls of a library
+for Gaussian processes would take longer than what they compute. Tests hold it against gpytorch.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from math import inf
-from typing import Any
+from math import inf, sqrt
 
-import gpytorch
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from scipy.linalg import cho_solve, solve_triangular
 from threadpoolctl import ThreadpoolController
 
 from smlt_tune.backend.resource_manager.physics import (
@@ -83,10 +80,12 @@ _PLACE = _WHOLE + 1
 #: The shares carry the trial's standard deviation already.
 _KIND = KIND_SD / TRIAL_COMPUTE_SD
 #: Length scales of kind, field and context over the place: infinite where it does not matter.
-_SCALES = (
-    (inf, inf, KIND_SCALES[0], inf, KIND_SCALES[2], KIND_SCALES[1]),
-    (*FIELD_SCALES, inf, inf, inf, inf),
-    (*CONTEXT_SCALES, inf),
+_SCALES: Array = np.array(
+    [
+        [(inf, inf, KIND_SCALES[0], inf, KIND_SCALES[2], KIND_SCALES[1])],
+        [(*FIELD_SCALES, inf, inf, inf, inf)],
+        [(*CONTEXT_SCALES, inf)],
+    ]
 )
 
 
@@ -121,35 +120,28 @@ class Apart:
         fields: What the analytic model gets wrong, shape (p, q).
     """
 
-    same: torch.Tensor
-    kinds: torch.Tensor
-    fields: torch.Tensor
+    same: Array
+    kinds: Array
+    fields: Array
 
 
-class AnalyticKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
+class AnalyticKernel:
     """``J S0 J'`` alone; its inputs are what :func:`features` gives, shape (p, 20)."""
 
     #: What the analytic model gets wrong is noise then, as a standard deviation of ln t.
     noise_sd = 0.08
 
-    def forward(  # noqa: D102 - the contract is gpytorch's
-        self, x1: torch.Tensor, x2: torch.Tensor, *, diag: bool = False, **_: Any
-    ) -> torch.Tensor:
-        if diag:  # gpytorch asks for it of equal inputs only
-            return self.variance(x1)
-        return self.covariance(x1, x2, self.apart(x1, x2))
-
-    def variance(self, x: torch.Tensor) -> torch.Tensor:
+    def variance(self, x: Array) -> Array:
         """Of each, shape (p,)."""
-        return (x[:, :_SHARES] ** 2).sum(1)
+        return np.asarray((x[:, :_SHARES] ** 2).sum(axis=1))
 
-    def apart(self, x1: torch.Tensor, x2: torch.Tensor) -> Apart | None:
+    def apart(self, x1: Array, x2: Array) -> Apart | None:
         """What :meth:`covariance` needs again for every theta: nothing."""
         return None
 
-    def covariance(self, x1: torch.Tensor, x2: torch.Tensor, apart: Apart | None) -> torch.Tensor:
+    def covariance(self, x1: Array, x2: Array, apart: Apart | None) -> Array:
         """Of all places with all others, shape (p, q)."""
-        return x1[:, :_SHARES] @ x2[:, :_SHARES].T
+        return np.asarray(x1[:, :_SHARES] @ x2[:, :_SHARES].T)
 
 
 class TimeKernel(AnalyticKernel):
@@ -157,37 +149,41 @@ class TimeKernel(AnalyticKernel):
 
     noise_sd = 0.0
 
-    def variance(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+    def variance(self, x: Array) -> Array:  # noqa: D102
         kind = (x[:, _SHARES] * _KIND) ** 2
         fields = x[:, _WHOLE] * (FIELD_SD**2 + CONTEXT_SD**2)
-        return (x[:, :_TRIAL] ** 2).sum(1) + kind + fields
+        return np.asarray((x[:, :_TRIAL] ** 2).sum(axis=1) + kind + fields)
 
-    def apart(self, x1: torch.Tensor, x2: torch.Tensor) -> Apart:  # noqa: D102
-        same = (x1[:, _TRIAL, None] == x2[:, _TRIAL]).to(x1.dtype)
+    def apart(self, x1: Array, x2: Array) -> Apart:  # noqa: D102
+        same = (x1[:, _TRIAL, None] == x2[:, _TRIAL]).astype(np.float64)
         kind, field, context = _matern(x1[:, _PLACE:], x2[:, _PLACE:])
         fields = FIELD_SD**2 * field + CONTEXT_SD**2 * context
-        fields = fields * torch.outer(x1[:, _WHOLE], x2[:, _WHOLE])
+        fields = fields * np.outer(x1[:, _WHOLE], x2[:, _WHOLE])
         return Apart(same, same + _KIND**2 * kind, fields)
 
     def covariance(  # noqa: D102
-        self, x1: torch.Tensor, x2: torch.Tensor, apart: Apart | None
-    ) -> torch.Tensor:
+        self, x1: Array, x2: Array, apart: Apart | None
+    ) -> Array:
         assert apart is not None
-        physics = torch.addmm(apart.fields, x1[:, :_SHARES], x2[:, :_SHARES].T)
-        for effects, share in ((apart.kinds, _SHARES), (apart.same, _SHARES + 1)):
-            physics.addcmul_(effects, torch.outer(x1[:, share], x2[:, share]))
-        return physics
+        compute, synchronise = (
+            x1[:, share, None] * x2[:, share] for share in (_SHARES, _SHARES + 1)
+        )
+        theta = super().covariance(x1, x2, apart)
+        effects = apart.kinds * compute + apart.same * synchronise
+        return np.asarray(theta + effects + apart.fields)
 
 
-def _matern(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+def _matern(x1: Array, x2: Array) -> Array:
     """Matern 5/2 of kind, field and context, shape (3, p, q).
 
-    What gpytorch's kernel gives, in one call for all three and without its checks: with matrices
-    this small a call costs more than what it computes.
+    ``(1 + d + d**2 / 3) exp(-d)`` with d the square root of 5 times the scaled distance.
     """
-    scales = torch.as_tensor(_SCALES, dtype=x1.dtype)[:, None, :]
-    away = math.sqrt(5.0) * torch.cdist(x1 / scales, x2 / scales)
-    return (1.0 + away + away**2 / 3.0) * torch.exp(-away)
+    middle = x1.mean(axis=0)  # squares of small numbers lose fewer digits
+    a, b = (x1 - middle) / _SCALES, (x2 - middle) / _SCALES
+    lengths = (a**2).sum(axis=2)[:, :, None] + (b**2).sum(axis=2)[:, None, :]
+    square = np.maximum(5.0 * (lengths - 2.0 * a @ b.transpose(0, 2, 1)), 0.0)
+    away = np.sqrt(square)
+    return np.asarray((1.0 + away + square / 3.0) * np.exp(-away))
 
 
 @contextmanager
@@ -208,7 +204,7 @@ def time_kernel(*, residual: bool = True) -> AnalyticKernel:
     return TimeKernel() if residual else AnalyticKernel()
 
 
-def features(at: Points, times: Times, trials: Array, whole: Array) -> torch.Tensor:
+def features(at: Points, times: Times, trials: Array, whole: Array) -> Array:
     """Inputs of the kernel, shape (p, 20).
 
     Args:
@@ -227,7 +223,7 @@ def features(at: Points, times: Times, trials: Array, whole: Array) -> torch.Ten
         whole,
         *np.log(logs),
     ]
-    return torch.from_numpy(np.array(columns).T)
+    return np.array(columns).T
 
 
 class GaussianProcess:
@@ -276,13 +272,12 @@ class GaussianProcess:
         times = self._model(at, self._theta)
         mean = times.ln_s + times.gradient @ (THETA_MEAN - self._theta)
         x = features(at, times, trials, np.ones_like(trials))
-        with torch.no_grad():
-            variance = self._kernel.variance(x).numpy()
-            if len(self._measured.ln_s):
-                across = self._kernel.covariance(self._x, x, self._kernel.apart(self._x, x))
-                half = torch.linalg.solve_triangular(self._factor, across, upper=False)
-                mean = mean + (across.T @ self._weights).numpy()
-                variance = variance - (half**2).sum(0).numpy()
+        variance = self._kernel.variance(x)
+        if len(self._measured.ln_s):
+            across = self._kernel.covariance(self._x, x, self._kernel.apart(self._x, x))
+            half = solve_triangular(self._factor, across, lower=True, check_finite=False)
+            mean = mean + self._weights @ across
+            variance = variance - (half**2).sum(axis=0)
         return mean, self._scale * np.sqrt(np.maximum(variance, 1e-6))
 
     def _fit(self) -> None:
@@ -292,26 +287,24 @@ class GaussianProcess:
             times = self._times(self._theta)
             self._x = x = features(measured.at, times, measured.trials, self._whole)
             surprise = measured.ln_s - times.ln_s - times.gradient @ (THETA_MEAN - self._theta)
-            with torch.no_grad():
-                if self._apart is None:
-                    self._apart = self._kernel.apart(x, x)
-                covariance = self._kernel.covariance(x, x, self._apart)
-                covariance.diagonal().add_(torch.from_numpy(self._noise + _JITTER))
-                self._factor = torch.linalg.cholesky(covariance)
-                self._weights = torch.cholesky_solve(
-                    torch.from_numpy(surprise)[:, None], self._factor
-                )[:, 0]
+            if self._apart is None:
+                self._apart = self._kernel.apart(x, x)
+            covariance = self._kernel.covariance(x, x, self._apart)
+            covariance.flat[:: len(x) + 1] += self._noise + _JITTER
+            self._factor = np.linalg.cholesky(covariance)
+            self._weights = cho_solve((self._factor, True), surprise, check_finite=False)
             if not last:
-                step = THETA_SD**2 * (times.gradient.T @ self._weights.numpy())
+                step = THETA_SD**2 * (times.gradient.T @ self._weights)
                 self._theta = THETA_MEAN + step
-        count, surprises = len(surprise), float(surprise @ self._weights.numpy())
+        count, surprises = len(surprise), float(surprise @ self._weights)
         # Not narrower: what siblings have in common says less of the next one than it seems.
-        self._scale = max(1.0, math.sqrt((SCALE_DOF + surprises) / (SCALE_DOF + count)))
+        self._scale = max(1.0, sqrt((SCALE_DOF + surprises) / (SCALE_DOF + count)))
 
     def _discount_stragglers(self) -> bool:
         """Adds noise to what is far slower than the other measurements say (leave one out)."""
-        inverse = torch.cholesky_inverse(self._factor).diagonal().numpy()
-        z = self._weights.numpy() / np.sqrt(inverse)
+        half = solve_triangular(self._factor, np.eye(len(self._factor)), lower=True)
+        inverse = (half**2).sum(axis=0)
+        z = self._weights / np.sqrt(inverse)
         own = self._measured.trials == 0
         alone = (own & self._measured.whole).sum() == 1
         believed = own & (alone | (self._measured.iterations >= OWN_PACE))

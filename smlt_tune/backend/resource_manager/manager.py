@@ -213,7 +213,7 @@ class ResourceManager:
 
         The grid alone is the same for all workloads.
         """
-        # Imports torch and gpytorch, which takes seconds the first time.
+        # Imports scipy, which takes half a second the first time.
         from smlt_tune.backend.resource_manager.gaussian_process import one_thread
 
         assert facts.workload is not None

@@ -27,7 +27,7 @@ def options_of(sweep: Sweep, fleet: "Fleet", say: Callable[[str], None]) -> Opti
         None where the file pins allocations, or where there is nothing to predict with.
     """
     pinned = sweep.workers is not None or sweep.memory_mb is not None
-    if pinned or find_spec("gpytorch") is None:
+    if pinned or find_spec("scipy") is None:
         return None
 
     def predict(workload: Workload) -> list[Option]:

@@ -250,7 +250,7 @@ def test_the_stages_to_come_are_planned_again_from_what_the_others_took():
 
 
 def test_the_resource_manager_plans_and_learns_from_the_stages():
-    pytest.importorskip("gpytorch")
+    pytest.importorskip("scipy")
     work = Workload(FEATURES, 256, 4 * ITERATIONS)
     plans = []
     with fleet_on(SimulationOptions(progress_s=2.0, concurrency=16), policy=None) as fleet:
