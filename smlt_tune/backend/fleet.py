@@ -87,7 +87,8 @@ _LOG = logging.getLogger(__name__)
 TICK_S = 0.1
 #: How long a new fleet tries to reach its parameter store, in seconds.
 FIRST_TRY_S = 3.0
-#: How long one read of the workers' events blocks, in seconds.
+#: How long one read of the workers' events blocks, and how often the listener asks whether the
+#: parameter store is still the same one, in seconds.
 READ_S = 0.5
 #: Most events that are read at once.
 READ_LIMIT = 1000
@@ -676,11 +677,13 @@ class Fleet:
     # --- the listener's thread --------------------------------------------------------------------
 
     def _listen(self) -> None:
-        events, after = keys.FleetKeys(self._name).events, "0"
+        events, after, ask_s = keys.FleetKeys(self._name).events, "0", 0.0
+        server = self._server
         while self._threads[0].is_alive():
             try:
                 messages = self._store.read(events, after, timeout_s=READ_S)
-                server = self._store.server_id()
+                if (now := self._clock.monotonic()) >= ask_s:
+                    server, ask_s = self._store.server_id(), now + READ_S
             except Exception as error:  # noqa: BLE001 - the boundary of the thread
                 self._queue.put(partial(self._scheduler.abandon, error))
                 self._clock.sleep(READ_S)

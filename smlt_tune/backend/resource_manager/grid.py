@@ -89,9 +89,10 @@ def around(grid: Grid, best: int, facts: JobFacts) -> Grid:
     n, m, store = int(grid.workers[best]), int(grid.memory_mb[best]), int(grid.store[best])
 
     def between(values: Array, at: int, count: int) -> list[int]:
-        low = int(max((v for v in values if v < at), default=at))
-        high = int(min((v for v in values if v > at), default=at))
-        return sorted({round(v) for v in np.linspace(low, high, count)} | {at})
+        place = int(np.searchsorted(values, at))
+        low, high = int(values[max(place - 1, 0)]), int(values[min(place + 1, len(values) - 1)])
+        step = (high - low) / (count - 1)
+        return sorted({round(low + step * number) for number in range(count)} | {at})
 
     workers = [n] if bounds.workers is not None else between(np.unique(grid.workers), n, 7)
     sizes = [m] if bounds.memory_mb is not None else between(np.unique(grid.memory_mb), m, 11)

@@ -12,6 +12,7 @@ worker that ran out of memory says that the peak lies above what it had.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,15 +50,17 @@ class Holdings:
     activation_bytes: Array
     trials: Array
 
+    @cached_property
     def terms(self) -> Array:
         """What the weights stand before, shape (p, 3)."""
         ones = np.ones_like(self.parameters)
         return np.stack([ones, 4.0 * self.parameters / _MB, self.activation_bytes / _MB], axis=1)
 
+    @cached_property
     def trial_sd(self) -> Array:
         """Standard deviation of the offset, MB, shape (p,)."""
         share = np.where(self.activation_bytes > 0, TRIAL_SD, UNKNOWN_SD)
-        return np.asarray(share * (self.terms() @ MEAN), dtype=np.float64)
+        return np.asarray(share * (self.terms @ MEAN), dtype=np.float64)
 
 
 class MemoryModel:
@@ -82,13 +85,13 @@ class MemoryModel:
     def _fit(self, peaks: Array, noise: Array) -> None:
         covariance = _covariance(self._seen, self._seen) + np.diag(noise**2)
         self._inverse = np.linalg.inv(covariance)
-        self._weights = self._inverse @ (peaks - self._seen.terms() @ MEAN)
+        self._weights = self._inverse @ (peaks - self._seen.terms @ MEAN)
 
     def peak_mb(self, of: Holdings) -> tuple[Array, Array]:
         """Mean and standard deviation of peaks, MB, each of shape (p,)."""
         across = _covariance(of, self._seen)
-        mean = of.terms() @ MEAN + across @ self._weights
-        own = (of.terms() ** 2) @ SD**2 + of.trial_sd() ** 2
+        mean = of.terms @ MEAN + across @ self._weights
+        own = (of.terms**2) @ SD**2 + of.trial_sd**2
         explained = ((across @ self._inverse) * across).sum(axis=1)
         variance = np.maximum(own - explained, 1.0) + (NOISE_SD * mean + NOISE_MB) ** 2
         return mean, np.sqrt(variance)
@@ -104,12 +107,12 @@ class MemoryModel:
 def _expected(seen: Holdings, peaks: Array, known: Array) -> Array:
     """Of all, by what is known of some."""
     if not known.any():
-        return np.asarray(seen.terms() @ MEAN)
+        return np.asarray(seen.terms @ MEAN)
     kept = Holdings(seen.parameters[known], seen.activation_bytes[known], seen.trials[known])
     return MemoryModel(kept, list(peaks[known]), [False] * int(known.sum())).peak_mb(seen)[0]
 
 
 def _covariance(a: Holdings, b: Holdings) -> Array:
     same = a.trials[:, None] == b.trials[None, :]
-    offsets = np.where(same, a.trial_sd()[:, None] * b.trial_sd()[None, :], 0.0)
-    return (a.terms() * SD**2) @ b.terms().T + offsets
+    offsets = np.where(same, a.trial_sd[:, None] * b.trial_sd[None, :], 0.0)
+    return (a.terms * SD**2) @ b.terms.T + offsets

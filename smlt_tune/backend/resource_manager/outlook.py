@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -173,7 +174,7 @@ class Knowledge:
             for p in self._of_the_function()
             if p.workload.iterations
         ]
-        return round(float(np.median(samples)) / max(1, work.batch)) if samples else None
+        return round(median(samples) / max(1, work.batch)) if samples else None
 
     def other_share(self) -> float:
         """Told, or that of the nearest siblings."""
@@ -188,7 +189,7 @@ class Knowledge:
     def start_s(self) -> float:
         """From an invocation until its worker trains."""
         seen = [p.start_s for p in self.near if p.start_s > 0]
-        return float(np.median(seen[:16])) if seen else self.facts.start_s or self.table.start_s
+        return median(seen[:16]) if seen else self.facts.start_s or self.table.start_s
 
     def hold_up_s(self) -> float:
         """For how long a hand-over holds up training: the job itself, or the nearest siblings.
@@ -198,7 +199,7 @@ class Knowledge:
         seen = [p for p in self.near if p.hold_up_s > 0]
         own = [p for p in seen if p.job_id == self.facts.job_id]
         alike = [p.hold_up_s for p in own or seen[:4]]
-        return float(np.median(alike)) if alike else HOLD_UP_S
+        return median(alike) if alike else HOLD_UP_S
 
     def _of_the_function(self) -> list[Profile]:
         """Profiles of the same training function, the nearest first."""
@@ -209,7 +210,7 @@ class Knowledge:
 def _typical(values: Iterable[float | None], most: int) -> float:
     """The median of the first that are known, at most so many; 0 if none is."""
     known = [value for value in values if value is not None][:most]
-    return float(np.median(known)) if known else 0.0
+    return median(known) if known else 0.0
 
 
 def _is_split(profile: Profile) -> bool:
