@@ -6,6 +6,7 @@ the fleet has functions for it.
 
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -129,7 +130,7 @@ class VirtualActorManager(RayActorManager):
                 return True
             if actors and super().next(timeout=wait_s):
                 return True
-            if left_s == 0.0:
+            if ends_s is not None and SYSTEM_CLOCK.monotonic() >= ends_s:
                 return False
         return True
 
@@ -141,9 +142,7 @@ class VirtualActorManager(RayActorManager):
 
     def _let_in(self) -> bool:
         """Starts the next trial, if there may be functions for it."""
-        waiting = set(self._waiting)
-        inside = (actor.trial for key, actor in self._virtual.items() if key not in waiting)
-        if not waiting or not self._entrance.open(inside):
+        if not self._waiting or not self._entrance.open(self._inside()):
             return False
         tracked_actor = self._waiting.popleft()
         actor = self._virtual[tracked_actor]
@@ -153,6 +152,11 @@ class VirtualActorManager(RayActorManager):
         if tracked_actor._on_start:
             tracked_actor._on_start(tracked_actor)
         return True
+
+    def _inside(self) -> Iterator[VirtualTrial]:
+        """All that have been let in and not let go; worked out only for who wants to know."""
+        waiting = set(self._waiting)
+        yield from (actor.trial for key, actor in self._virtual.items() if key not in waiting)
 
     def _settle(self) -> None:
         """Only now it is known whether Tune has let a trial go for a while or for good."""

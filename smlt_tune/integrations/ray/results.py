@@ -136,9 +136,14 @@ def write_checkpoint(storage: StorageContext, pointer: Pointer, content: bytes) 
         pointer: To the state.
         content: The state, if it consists of files of the user's; else nothing.
     """
-    with tempfile.TemporaryDirectory(prefix="smlt-tune-") as folder:
-        if content:
+    storage._update_checkpoint_index({})
+    path, filesystem = storage.checkpoint_fs_path, storage.storage_filesystem
+    if content:
+        with tempfile.TemporaryDirectory(prefix="smlt-tune-") as folder:
             unpack(content, Path(folder))
-        Path(folder, POINTER_FILE).write_text(json.dumps(asdict(pointer)))
-        storage._update_checkpoint_index({})
-        return storage.persist_current_checkpoint(Checkpoint.from_directory(folder))
+            storage.persist_current_checkpoint(Checkpoint.from_directory(folder))
+    else:  # after every report: to copy a folder with one small file takes five times as long
+        filesystem.create_dir(path)
+    with filesystem.open_output_stream(f"{path}/{POINTER_FILE}") as file:
+        file.write(json.dumps(asdict(pointer)).encode())
+    return Checkpoint(path, filesystem)
