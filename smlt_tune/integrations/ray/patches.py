@@ -1,7 +1,7 @@
 """Every place of Ray that is replaced, with the reason; and what is relied on beyond that.
 
 Tune has no hook for another kind of trial: it turns resources into a placement group, and every
-trial into an actor. Four small replacements are all that is needed. They concern trials that ask
+trial into an actor. Five small replacements are all that is needed. They concern trials that ask
 for ``"smlt"`` only, :func:`uninstall` takes them back, and :func:`install` refuses a Ray in which
 one of them would not fit. Developed against Ray 2.60.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.air.execution._internal import RayActorManager
+from ray.train._internal.session import _FutureTrainingResult
 from ray.tune.execution import tune_controller
 from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 from ray.tune.execution.tune_controller import TuneController
@@ -25,6 +26,7 @@ from ray.tune.trainable import util as trainable_util
 
 from smlt_tune.errors import InvalidInput
 from smlt_tune.integrations.ray.actor_manager import VirtualActorManager
+from smlt_tune.integrations.ray.virtual_actor import FutureTrainingResult
 
 #: Oldest Ray that is supported.
 OLDEST = (2, 60)
@@ -37,6 +39,8 @@ _SIGNATURES: list[tuple[Callable[..., Any], set[str]]] = [
     (RayActorManager.schedule_actor_task, {"tracked_actor", "method_name", "_return_future"}),
     (RayActorManager.clear_actor_task_futures, {"tracked_actor"}),
     (RayActorManager.next, {"timeout"}),
+    (_FutureTrainingResult.__init__, {"future"}),
+    (_FutureTrainingResult.resolve, {"block"}),
     (TuneController.get_trial, {"tid"}),
     (Trial.update_resources, {"resources"}),
     (trainable_util.with_resources, {"trainable", "resources"}),
@@ -73,6 +77,7 @@ def install(resolve: Resolve) -> None:
         _replace(Trial, "update_resources", partial(_resolving_method, resolve))
         _replace_code_of_with_resources(resolve)
         _replace(tune_controller, "RayActorManager", lambda _: VirtualActorManager)
+        _replace(tune_controller, "_FutureTrainingResult", lambda _: FutureTrainingResult)
 
 
 def uninstall() -> None:
@@ -94,8 +99,11 @@ def _missing() -> list[str]:
         for function, names in table
         for name in sorted(names - has(function))
     ]
-    if not hasattr(tune_controller, "RayActorManager"):
-        missing.append(f"{says}its controller knows no RayActorManager")
+    missing += [
+        f"{says}its controller knows no {name}"
+        for name in ("RayActorManager", "_FutureTrainingResult")
+        if not hasattr(tune_controller, name)
+    ]
     return missing
 
 

@@ -1,13 +1,14 @@
 """What stands for an actor: takes the tasks that Tune would send to one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import ray
 from ray.air.execution._internal import TrackedActor
 from ray.exceptions import RayTaskError
+from ray.train._internal.session import _FutureTrainingResult, _TrainingResult
 from ray.tune import TuneError
 
 from smlt_tune.integrations.ray.experiment import Experiment
@@ -16,6 +17,32 @@ from smlt_tune.integrations.ray.trial_request import TrialRequest
 from smlt_tune.integrations.ray.virtual_trial import VirtualTrial, explained
 
 Callback = Callable[..., None] | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Stands for the future of a save, which is over when Tune gets it.
+
+    Attributes:
+        result: What it has given, or the error.
+    """
+
+    result: _TrainingResult | RayTaskError
+
+
+class FutureTrainingResult(_FutureTrainingResult):
+    """Where PBT and its like ask what a save has given.
+
+    Ray's own fetches it from the object store, and to put it there after every report, for
+    schedulers that never ask, would take longer than the save.
+    """
+
+    def resolve(self, block: bool = True) -> _TrainingResult | None:
+        """What was saved; None if that has failed, which Tune is told by itself."""
+        if not isinstance(self.future, Saved):
+            return super().resolve(block)
+        result = self.future.result
+        return result if isinstance(result, _TrainingResult) else None
 
 
 class VirtualActor:
@@ -63,7 +90,7 @@ class VirtualActor:
         """Takes a task. Its callback comes through the inbox.
 
         Returns:
-            What stands for the task's future; of a save an ObjectRef, for PBT waits for it.
+            What stands for the task's future; of a save what it has given, for PBT asks for it.
 
         Raises:
             TuneError: No trial on a fleet can do that.
@@ -83,7 +110,7 @@ class VirtualActor:
         self._tasks.add(task)
         # A save must not wait for results: HyperBand and PBT decide about other trials with them.
         self._inbox.put(partial(answer, value), first=True)
-        return ray.put(value) if method == "save" else task
+        return Saved(value) if method == "save" else task
 
     def forget_tasks(self) -> None:
         """Tune waits for none of them any more."""

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import gpytorch
@@ -52,6 +54,20 @@ def test_without_measurements_it_is_the_analytic_model_with_its_prior():
     mean, sd = gp.GaussianProcess(MODEL, nothing()).predict(at, np.zeros(20))
     assert mean == pytest.approx(MODEL(at, THETA_MEAN).ln_s)
     assert (sd > 0.3).all()
+
+
+def test_the_client_needs_no_torch_for_decisions():
+    modules = (
+        "fleet",
+        "late_policy",
+        "resource_manager.manager",
+        "resource_manager.gaussian_process",
+    )
+    code = "".join(f"import smlt_tune.backend.{module}\n" for module in modules)
+    code += "import sys; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "smlt_tune.backend.resource_manager.gaussian_process" in out.stdout.split()
+    assert {"torch", "gpytorch"}.isdisjoint(out.stdout.split())
 
 
 def test_the_posterior_is_that_of_an_exact_gp_of_gpytorch():
