@@ -21,6 +21,7 @@ fleet's parameter store and the platform's helper.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -101,8 +102,10 @@ def control_s():
     """CPU time so far of this process and of all that work for it and train nothing."""
     import psutil
 
-    me = psutil.Process()
-    agents = [each for each in me.children(recursive=True) if "Agent" in each.name()]
+    me, agents = psutil.Process(), []
+    for each in me.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a function that ends meanwhile
+            agents += [each] if "Agent" in each.name() else []
     return sum(sum(each.cpu_times()[:2]) for each in (me, *me.children(), *agents))
 
 
