@@ -1,13 +1,15 @@
 """Records the curves of real trainings for ``bench_loss_curves.py``.
 
-Logistic regressions, perceptrons and small convolutional networks, with several rates, widths and
-batch sizes; on Fashion-MNIST (2,000 and 12,000 images), digits, and two tables of scikit-learn. Of
-each epoch: the mean training loss, loss and accuracy (if there are classes) on samples held out. A
-training whose loss is no number any more ends there.
+Logistic regressions, perceptrons and small convolutional networks on Fashion-MNIST (2,000 and
+12,000 images), digits, and two tables of scikit-learn. Of each epoch: the mean training loss, loss
+and accuracy (if there are classes) on samples held out. A training whose loss is no number any more
+ends there.
 
-    python benchmarks/curves/record.py [folder of Fashion-MNIST]
+    python benchmarks/curves/record.py curves|searches [folder of Fashion-MNIST]
 
-writes ``curves.json`` beside it, in some minutes of one core.
+writes one of two files beside it, in some minutes of one core: ``curves.json`` has trainings that
+have little to do with each other; ``searches.json`` has searches, of random configurations of one
+training function each, in the order in which they were drawn.
 """
 
 import itertools
@@ -27,12 +29,17 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import fashion
 
-OUT = Path(__file__).parent / "curves.json"
+HERE = Path(__file__).parent
 #: Samples of Fashion-MNIST to train on (few: the networks come to know them by heart), and to
 #: evaluate on.
 FEW, MANY, HELD_OUT = 2000, 12_000, 1000
 #: Significant digits that are kept.
 DIGITS = 5
+#: Trials of a search.
+TRIALS = 12
+#: What is drawn: (least, most) of the rate, and of the width.
+RATES = {"sgd": (2e-3, 0.2), "adam": (1e-4, 1e-2)}
+WIDTHS = {"linear": (1, 1), "mlp": (8, 128), "cnn": (3, 10)}
 
 
 @cache
@@ -65,7 +72,57 @@ DATA = {
 }
 
 
+#: (data, model, optimizer, schedule of the rate, epochs, whether there is regularisation).
+SEARCHES = (
+    ("fashion", "mlp", "sgd", "constant", 60, False),
+    ("fashion", "mlp", "adam", "cosine", 60, False),
+    ("digits", "mlp", "sgd", "steps", 80, False),
+    ("fashion 12,000", "mlp", "sgd", "steps", 40, False),
+    ("fashion 12,000", "mlp", "adam", "constant", 40, True),
+    ("digits", "mlp", "adam", "constant", 60, False),
+    ("cancer", "mlp", "adam", "cosine", 80, True),
+    ("cancer", "linear", "sgd", "constant", 80, False),
+    ("fashion", "cnn", "sgd", "constant", 40, False),
+    ("fashion", "cnn", "adam", "cosine", 40, True),
+    ("diabetes", "mlp", "sgd", "cosine", 80, False),
+    ("diabetes", "mlp", "adam", "steps", 80, True),
+    ("fashion 12,000", "linear", "sgd", "cosine", 40, False),
+    ("fashion", "linear", "adam", "constant", 60, True),
+    ("digits", "cnn", "adam", "steps", 60, True),
+    ("digits", "cnn", "sgd", "cosine", 60, False),
+)
+
+
+def searches():
+    """What ``trainings`` yields, and more, drawn at random for every search."""
+    for number, (data, model, kind, schedule, epochs, regularised) in enumerate(SEARCHES):
+        rng = np.random.default_rng(number)
+        for _ in range(TRIALS):
+            log_rate, log_width = (rng.uniform(*np.log(b)) for b in (RATES[kind], WIDTHS[model]))
+            yield {
+                "search": number,
+                "data": data,
+                "model": model,
+                "width": round(math.exp(log_width)),
+                "rate": float(f"{math.exp(log_rate):.3g}"),
+                "batch": int(rng.choice([16, 32, 64, 128, 256])),
+                "epochs": epochs,
+                "optimizer": kind,
+                "schedule": schedule,
+                "momentum": round(rng.uniform(0.5, 0.95), 2),
+                "dropout": round(regularised * rng.uniform(0.0, 0.6), 2),
+                "weight_decay": float(f"{regularised * 10 ** rng.uniform(-6.0, -2.0):.2g}"),
+            }
+
+
 def trainings():
+    """Trainings that have little to do with each other."""
+    names = ("data", "model", "width", "rate", "batch", "epochs", "optimizer", "schedule")
+    for one in grids():
+        yield dict(zip(names, one, strict=True))
+
+
+def grids():
     """(data, model, width, rate, batch size, epochs, optimizer, schedule of the rate)."""
     constant = "constant"
     yield from itertools.product(
@@ -112,29 +169,46 @@ def trainings():
     )
 
 
-def network(model, width, x, outputs):
-    inputs = math.prod(x.shape[1:])
-    if model == "linear":
-        return nn.Sequential(nn.Flatten(), nn.Linear(inputs, outputs))
-    if model == "mlp":
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs)
-        )
-    return fashion.Network(depth=2, width=width, kernel=3, size=x.shape[-1])
+def network(one, x, outputs):
+    inputs, width, dropout = math.prod(x.shape[1:]), one["width"], one.get("dropout", 0.0)
+    if one["model"] == "linear":
+        layers = [nn.Flatten(), nn.Linear(inputs, outputs)]
+    elif one["model"] == "mlp":
+        layers = [nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs)]
+    else:
+        convolutions = fashion.Network(depth=2, width=width, kernel=3, size=x.shape[-1])
+        layers = [convolutions.features, nn.Flatten(), convolutions.classifier]
+    if dropout:
+        layers.insert(-1, nn.Dropout(dropout))
+    return nn.Sequential(*layers)
+
+
+def optimizer_and_schedule(one, net):
+    rate, epochs, decay = one["rate"], one["epochs"], one.get("weight_decay", 0.0)
+    if one["optimizer"] == "sgd":
+        momentum = one.get("momentum", 0.9)
+        optimizer = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=decay)
+    else:
+        optimizer = torch.optim.Adam(net.parameters(), rate, weight_decay=decay)
+    schedules = {
+        "constant": lambda: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+        "steps": lambda: torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, [epochs // 2, 3 * epochs // 4], 0.2
+        ),
+    }
+    return optimizer, schedules[one["schedule"]]()
 
 
 def train(one, seed):
     """The curves of one training."""
-    data, model, width, rate, batch, epochs, kind, schedule = one
     torch.manual_seed(seed)
-    (x, y), (held_x, held_y) = (tuple(map(torch.from_numpy, part)) for part in DATA[data]())
+    (x, y), (held_x, held_y) = (tuple(map(torch.from_numpy, p)) for p in DATA[one["data"]]())
+    if one["model"] == "cnn" and x.ndim == 2:  # the digits of scikit-learn are flat
+        x, held_x = (part.reshape(-1, 1, 8, 8) for part in (x, held_x))
     classes = not y.dtype.is_floating_point
-    net = network(model, width, x, int(y.max()) + 1 if classes else 1)
-    optimizer = {
-        "sgd": lambda: torch.optim.SGD(net.parameters(), rate, momentum=0.9),
-        "adam": lambda: torch.optim.Adam(net.parameters(), rate),
-    }[kind]()
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    net = network(one, x, int(y.max()) + 1 if classes else 1)
+    optimizer, schedule = optimizer_and_schedule(one, net)
 
     def loss_of(outputs, targets):
         if classes:
@@ -142,16 +216,17 @@ def train(one, seed):
         return functional.mse_loss(outputs[:, 0], targets)
 
     curves = {"loss": [], "held_out_loss": []} | ({"accuracy": []} if classes else {})
-    for _ in range(epochs):
+    for _ in range(one["epochs"]):
         total = 0.0
-        for part in torch.randperm(len(x)).split(batch):
+        net.train()
+        for part in torch.randperm(len(x)).split(one["batch"]):
             loss = loss_of(net(x[part]), y[part])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += float(loss.detach()) * len(part)
-        if schedule == "cosine":
-            decay.step()
+        schedule.step()
+        net.eval()
         with torch.no_grad():
             outputs = net(held_x)
         if not math.isfinite(total):
@@ -160,24 +235,26 @@ def train(one, seed):
         curves["held_out_loss"].append(float(loss_of(outputs, held_y)))
         if classes:
             curves["accuracy"].append(float((outputs.argmax(1) == held_y).float().mean()))
-    names = ("data", "model", "width", "rate", "batch", "epochs", "optimizer", "schedule")
     digits = {
         k: [float(f"{v:.{DIGITS}g}") if math.isfinite(v) else None for v in c]
         for k, c in curves.items()
     }
-    return dict(zip(names, one, strict=True)) | {"seed": seed, "curves": digits}
+    return one | {"seed": seed, "curves": digits}
 
 
 def main():
     torch.set_num_threads(1)
-    if sys.argv[1:]:
-        fashion.FASHION = Path(sys.argv[1])
+    kinds = {"curves": trainings, "searches": searches}
+    if sys.argv[1:2] not in ([kind] for kind in kinds):
+        raise SystemExit(f"say what to record: {' or '.join(kinds)}")
+    if sys.argv[2:]:
+        fashion.FASHION = Path(sys.argv[2])
     found, begun = [], time.process_time()
-    for seed, one in enumerate(trainings()):
+    for seed, one in enumerate(kinds[sys.argv[1]]()):
         found.append(train(one, seed))
-        print(f"{time.process_time() - begun:6.1f} s", *one, flush=True)
+        print(f"{time.process_time() - begun:6.1f} s", *one.values(), flush=True)
     lines = ",\n".join(json.dumps(each, separators=(",", ":")) for each in found)
-    OUT.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    (HERE / f"{sys.argv[1]}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
