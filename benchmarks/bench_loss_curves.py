@@ -9,6 +9,11 @@ trainings, the odd one has the larger batch or rate, or the rate that decays.) A
 all of a curve, by a tenth of its range, tells how often a prediction promises within the recorded
 epochs what does not come.
 
+Besides, there are searches, of random configurations of one training function each. A trial of one
+is predicted from the beginning of its curve alone, and with the whole curves of the trials before
+it. Searches of the even half were for choosing. A trial's own targets are as above; the target of a
+search is the value at which half of its trainings end, and then siblings end when they reach it.
+
     python benchmarks/bench_loss_curves.py
     SMLT_BENCH_QUICK=1 python benchmarks/bench_loss_curves.py
 """
@@ -30,6 +35,7 @@ from scipy.optimize import OptimizeWarning, curve_fit  # noqa: E402
 from smlt_tune.backend.loss_curves import HORIZON, forecast  # noqa: E402
 
 CURVES = Path(__file__).parent / "curves" / "curves.json"
+SEARCHES = CURVES.with_name("searches.json")
 SEEN = (0.3,) if common.QUICK else (0.2, 0.3, 0.4, 0.5, 0.7)
 #: The part whose cases are kept and drawn.
 SHOWN = 0.3
@@ -42,32 +48,77 @@ METHODS = {
     "power": "power law with offset",
     "slope": "straight on",
 }
+WITH_SIBLINGS = {"siblings": "ours, with siblings", "ours": "ours, alone"} | {
+    name: label for name, label in METHODS.items() if name != "ours"
+}
+#: Numbers of siblings that are told apart: least, most.
+SIBLINGS = {"none": (0, 0), "1 to 3": (1, 3), "4 or more": (4, 99), "any": (1, 99)}
 
 
 def cases(seen):
     """Every (training, metric, target) whose target is not reached in the part that is shown."""
     runs = json.loads(CURVES.read_text(encoding="utf-8"))
     for number, run in enumerate(runs[:8] if common.QUICK else runs):
-        for metric, values in run["curves"].items():
-            sign = -1.0 if metric == "accuracy" else 1.0
-            y = sign * np.array([math.nan if v is None else v for v in values])
-            shown = math.ceil(seen * len(y))
-            for share in TARGETS:
-                place = int(share * len(y))
-                target = float(np.median(y[place - SMOOTHED : place]))
-                reached = np.flatnonzero(y <= target)
-                if len(reached) and reached[0] + 1 > shown:
-                    yield {
-                        "training": number,
-                        "data": run["data"],
-                        "schedule": run["schedule"],
-                        "metric": metric,
-                        "at": share,
-                        "sign": sign,
-                        "shown": y[:shown],
-                        "target": target,
-                        "true": int(reached[0] + 1),
-                    }
+        for metric in run["curves"]:
+            y = turned(run, metric)
+            for share, target in own_targets(y):
+                yield from case(number, run, metric, seen, share, target)
+
+
+def cases_of_searches():
+    """The same of every search; with the curves of the trials before, in ``siblings``."""
+    runs = json.loads(SEARCHES.read_text(encoding="utf-8"))
+    searches = [[r for r in runs if r["search"] == n] for n in {r["search"]: None for r in runs}]
+    for number, search in enumerate(searches[:2] if common.QUICK else searches):
+        for metric in search[0]["curves"]:
+            curves = [turned(run, metric) for run in search]
+            common_target = float(np.median([np.median(y[-SMOOTHED:]) for y in curves]))
+            for place, (run, y) in enumerate(zip(search, curves, strict=True)):
+                before = [one for one in curves[:place] if len(one)]
+                targets = [(share, target, before) for share, target in own_targets(y)]
+                until = [up_to(one, common_target) for one in before]
+                for share, target, siblings in (*targets, ("search", common_target, until)):
+                    for one in case(number, run, metric, SHOWN, share, target):
+                        yield one | {"siblings": siblings}
+
+
+def turned(run, metric):
+    """The values of a metric, so that less is better."""
+    sign = -1.0 if metric == "accuracy" else 1.0
+    return sign * np.array([math.nan if v is None else v for v in run["curves"][metric]])
+
+
+def up_to(y, target):
+    """A curve whose training stops at a target."""
+    reached = np.flatnonzero(y <= target)
+    return y[: reached[0] + 1] if len(reached) else y
+
+
+def own_targets(y):
+    """(share of the epochs, where the curve is then)."""
+    for share in TARGETS:
+        place = int(share * len(y))
+        if place >= SMOOTHED:
+            yield share, float(np.median(y[place - SMOOTHED : place]))
+
+
+def case(number, run, metric, seen, share, target):
+    """One, if the target is reached, and not in the part that is shown."""
+    y = turned(run, metric)
+    shown = math.ceil(seen * len(y))
+    reached = np.flatnonzero(y <= target)
+    if len(reached) and reached[0] + 1 > shown:
+        yield {
+            "training": number,
+            "data": run["data"],
+            "schedule": run["schedule"],
+            "metric": metric,
+            "at": share,
+            "sign": -1.0 if metric == "accuracy" else 1.0,
+            "shown": y[:shown],
+            "target": target,
+            "true": int(reached[0] + 1),
+        }
 
 
 # --- ways to predict: from values that fall, epochs to a target -------------------------------
@@ -139,14 +190,21 @@ def promised(seen):
 
 
 def judged(case):
-    """What every method predicts."""
+    """What every method predicts; the interval is that of the best of ours."""
     y, sign, target = case.pop("shown"), case.pop("sign"), case.pop("target")
+    siblings = case.pop("siblings", None)
     best = 0.0 if sign > 0 else 1.0
     case["epochs"] = {name: peer(y, target, sign * best) for name, peer in PEERS.items()}
+    given = {"falling": sign > 0, "best": best}
     begun = time.process_time()
-    found = forecast(sign * y, sign * target, falling=sign > 0, best=best)
-    case["cpu_ms"] = 1e3 * (time.process_time() - begun)
+    found = forecast(sign * y, sign * target, **given)
     case["epochs"]["ours"] = found.epochs.mid
+    if siblings is not None:
+        begun, case["siblings"] = time.process_time(), len(siblings)
+        curves = [sign * one for one in siblings]
+        found = forecast(sign * y, sign * target, **given, siblings=curves)
+        case["epochs"]["siblings"] = found.epochs.mid
+    case["cpu_ms"] = 1e3 * (time.process_time() - begun)
     case["low"], case["high"], case["chance"] = found.epochs.low, found.epochs.high, found.chance
     return case
 
@@ -170,29 +228,47 @@ def groups(rows):
     yield "all", rows
 
 
+def halves(rows):
+    """(name, those of it)."""
+    for half, parity in (("chosen on", 0), ("to believe", 1)):
+        yield half, [row for row in rows if row["training"] % 2 == parity]
+
+
 def summaries(rows):
     """For each half, share seen and group: errors of each method, coverage of our interval."""
-    for half, parity in (("chosen on", 0), ("to believe", 1)):
+    for half, those in halves(rows):
         for seen in SEEN:
-            those = [r for r in rows if r["training"] % 2 == parity and r["seen"] == seen]
-            for group, here in groups(those):
-                if not here:
-                    continue
-                errors = {name: [error(row, name) for row in here] for name in METHODS}
-                yield {
-                    "half": half,
-                    "seen": seen,
-                    "group": group,
-                    "cases": len(here),
-                    "median": {name: number(np.median(e)) for name, e in errors.items()},
-                    "p75": {
-                        name: number(np.quantile(np.minimum(e, 1e9), 0.75))
-                        for name, e in errors.items()
-                    },
-                    "given_up": {name: number(np.mean(np.isinf(e))) for name, e in errors.items()},
-                    "covered": number(np.mean([covered(row) for row in here])),
-                    "cpu_ms": number(np.median([row["cpu_ms"] for row in here])),
-                }
+            for group, here in groups([row for row in those if row["seen"] == seen]):
+                if here:
+                    yield {"half": half, "seen": seen, "group": group} | summary(here, METHODS)
+
+
+def summaries_of_searches(rows):
+    """The same for each half, number of siblings and group; targets of searches are a group."""
+    for half, those in halves(rows):
+        for siblings, (least, most) in SIBLINGS.items():
+            those_with = [row for row in those if least <= row["siblings"] <= most]
+            own = [row for row in those_with if row["at"] != "search"]
+            schedules = dict.fromkeys(row["schedule"] for row in own)
+            by_schedule = [(s, [r for r in own if r["schedule"] == s]) for s in schedules]
+            one_target = [row for row in those_with if row["at"] == "search"]
+            for group, here in (*groups(own), *by_schedule, ("target of the search", one_target)):
+                if here:
+                    about = {"half": half, "siblings": siblings, "group": group}
+                    yield about | summary(here, WITH_SIBLINGS)
+
+
+def summary(rows, methods):
+    """Of rows of one group."""
+    errors = {name: [error(row, name) for row in rows] for name in methods}
+    return {
+        "cases": len(rows),
+        "median": {name: number(np.median(e)) for name, e in errors.items()},
+        "p75": {name: number(np.quantile(np.minimum(e, 1e9), 0.75)) for name, e in errors.items()},
+        "given_up": {name: number(np.mean(np.isinf(e))) for name, e in errors.items()},
+        "covered": number(np.mean([covered(row) for row in rows])),
+        "cpu_ms": number(np.median([row["cpu_ms"] for row in rows])),
+    }
 
 
 def number(value):
@@ -206,9 +282,9 @@ def told(row):
     return row | ends | {"epochs": epochs}
 
 
-def draw(rows, found, facts):
-    fig, axes = common.figure(1, 3, figsize=(13, 4.2), width_ratios=(1.1, 1, 1.1))
-    ours = dict(zip(METHODS, common.COLOURS, strict=False))
+def draw(rows, found, in_searches, facts):
+    fig, axes = common.figure(1, 4, figsize=(17, 4.2), width_ratios=(1.1, 1, 1, 1.1))
+    ours = dict(zip(METHODS, common.COLOURS, strict=False)) | {"siblings": common.COLOURS[6]}
     believed = [one for one in found if one["half"] == "to believe"]
     for name, label in METHODS.items():
         line = [one["median"][name] for one in believed if one["group"] == "all"]
@@ -229,51 +305,70 @@ def draw(rows, found, facts):
     axes[1].set(xlabel="true epochs", ylabel="predicted, 90 % interval", ylim=(8, 400))
     axes[1].set_title(f"{SHOWN:.0%} of the epochs seen")
     axes[1].legend(fontsize=8)
-    width = 0.8 / len(METHODS)
     here = [one for one in believed if one["seen"] == SHOWN and one["group"].startswith("at ")]
-    for place, name in enumerate(METHODS):
-        heights = [100 * min(9.9, one["median"][name] or 9.9) for one in here]
-        at = np.arange(len(here)) + (place - 1.5) * width
-        axes[2].bar(at, heights, width, color=ours[name])
     labels = [f"{one['group']}\n{100 * one['covered']:.0f} % in interval" for one in here]
-    axes[2].set_xticks(range(len(here)), labels)
-    axes[2].axhline(10, color="#888888", lw=0.8, ls="--")
-    axes[2].set(ylabel="median error, %", ylim=(0, 100))
+    bars(axes[2], here, METHODS, ours, labels)
     axes[2].set_title(f"{SHOWN:.0%} seen, target at this part of the epochs")
+    here = [one for one in in_searches if one["half"] == "to believe" and one["group"] == "all"]
+    labels = [f"{one['siblings']}\n{100 * one['covered']:.0f} %" for one in here]
+    bars(axes[3], here, WITH_SIBLINGS, ours, labels)
+    axes[3].set_title("trials of searches, by siblings before")
+    axes[3].legend(fontsize=8)
     common.save_figure(fig, "loss_curves", facts)
 
 
-def main():
-    facts = common.machine()
-    rows = [judged(case) | {"seen": seen} for seen in SEEN for case in cases(seen)]
-    found = list(summaries(rows))
-    common.save(
-        "loss_curves",
-        facts,
-        {
-            "methods": METHODS,
-            "interval": 0.9,
-            "promised": {str(seen): promised(seen) for seen in SEEN},
-            "summary": found,
-            "cases": [told(row) for row in rows if row["seen"] == SHOWN],
-        },
-    )
-    draw(rows, found, facts)
+def bars(axis, groups, methods, colours, labels):
+    """Median errors of methods in some groups."""
+    width = 0.8 / len(methods)
+    for place, name in enumerate(methods):
+        heights = [100 * min(9.9, one["median"][name] or 9.9) for one in groups]
+        at = np.arange(len(groups)) + (place - 0.5 * (len(methods) - 1)) * width
+        label = methods[name] if name not in METHODS else None  # the others have theirs
+        axis.bar(at, heights, width, color=colours[name], label=label)
+    axis.set_xticks(range(len(groups)), labels)
+    axis.axhline(10, color="#888888", lw=0.8, ls="--")
+    axis.set(ylabel="median error, %", ylim=(0, 100))
+
+
+def tell(title, found, methods, ours):
+    """A table of summaries."""
     common.table(
-        ("half, seen, group", "cases", *METHODS, "ours p75", "covered", "given up", "ms"),
+        (title, "cases", *methods, "p75", "covered", "given up", "ms"),
         [
             (
-                f"{one['half']}, {one['seen']}, {one['group']}",
+                ", ".join(str(one[key]) for key in list(one)[:3]),
                 one["cases"],
-                *(one["median"][name] for name in METHODS),
-                one["p75"]["ours"],
+                *(one["median"][name] for name in methods),
+                one["p75"][ours],
                 one["covered"],
-                one["given_up"]["ours"],
+                one["given_up"][ours],
                 one["cpu_ms"],
             )
             for one in found
         ],
     )
+
+
+def main():
+    facts = common.machine()
+    rows = [judged(one) | {"seen": seen} for seen in SEEN for one in cases(seen)]
+    found = list(summaries(rows))
+    in_searches = list(summaries_of_searches([judged(one) for one in cases_of_searches()]))
+    common.save(
+        "loss_curves",
+        facts,
+        {
+            "methods": WITH_SIBLINGS,
+            "interval": 0.9,
+            "promised": {str(seen): promised(seen) for seen in SEEN},
+            "summary": found,
+            "searches": in_searches,
+            "cases": [told(row) for row in rows if row["seen"] == SHOWN],
+        },
+    )
+    draw(rows, found, in_searches, facts)
+    tell("half, seen, group", found, METHODS, "ours")
+    tell("half, siblings, group", in_searches, WITH_SIBLINGS, "siblings")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ ALIKE = 0.1
 #: job that takes little there is little to save.
 MILESTONES = tuple(tenth / 10 for tenth in range(1, 10))
 PROGRESS_PAUSE_S = 2.0
+#: Curves of a training function that are remembered, for the forecasts of its later jobs.
+CURVES = 64
 #: When functions have become free or are waited for, so many jobs are looked at, ...
 SHARE_JOBS = 4
 #: ... and not more often than this, in seconds.
@@ -100,6 +102,7 @@ class Adaptation:
         self._on_profile = on_profile
         self._only_store = only_store
         self._due: dict[str, str] = {}
+        self._curves: dict[tuple[str, str], dict[str, list[float]]] = {}
         self._review_after_s = 0.0
         self._shares_changed = False
         self._shares_after_s = 0.0
@@ -251,11 +254,16 @@ class Adaptation:
         if target is None:
             return False
         values = [_number(report.metrics.get(target.metric)) for report in reports]
+        values = [math.nan] * job.state.spec.first_report + values
+        siblings = self._siblings(job, target.metric, values)
         if any(target.reaches(value) for value in values):
             return True
-        values = [math.nan] * job.state.spec.first_report + values
         job.forecast = found = forecast(
-            values, target.value, falling=target.mode == "min", best=target.best
+            values,
+            target.value,
+            falling=target.mode == "min",
+            best=target.best,
+            siblings=siblings,
         )
         if job.left is None or job.workload is None or job.workload.iterations is None:
             return False
@@ -266,6 +274,14 @@ class Adaptation:
         if moved(job.decided_forecast, found) and not self.is_pinned(job):
             self._due.setdefault(job.job_id, "forecast")
         return False
+
+    def _siblings(self, job: Record, metric: str, values: list[float]) -> list[list[float]]:
+        """Curves of the fleet's other jobs of its function and metric; remembers its own."""
+        curves = self._curves.setdefault((job.state.spec.function, metric), {})
+        curves[job.job_id] = values
+        if len(curves) > CURVES:
+            del curves[next(iter(curves))]
+        return [curve for job_id, curve in curves.items() if job_id != job.job_id]
 
     def finished(self, job: Record, generation: Generation, event: wire.Finished) -> None:
         """It has trained to its end: only now is known what it did besides, and after that."""

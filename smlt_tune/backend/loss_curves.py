@@ -24,6 +24,7 @@ are fitted at once, by sums, without starting values and local optima. Spikes lo
 fitted with late epochs counting more than early ones to several degrees, and once more with the
 best possible value as its asymptote. Nothing is selected: each fit counts by how well it foretells
 the last third of the epochs from the others, and then uses all of them, with draws of its a and c.
+Curves of siblings are shapes too, and give draws of their own (:mod:`sibling_curves`).
 Noise reaches a target before the curve does, so each draw gives a distribution of the first epoch
 whose value, noise included, is at the target. Their mixture is the prediction.
 """
@@ -31,7 +32,7 @@ whose value, noise included, is at the target. Their mixture is the prediction.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from statistics import NormalDist
 from typing import cast
 
@@ -39,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlt_tune.backend.resource_manager.observations import Interval
+from smlt_tune.backend.sibling_curves import MOST, Siblings
 from smlt_tune.errors import InvalidInput
 
 Array = NDArray[np.float64]
@@ -66,14 +68,17 @@ _EPOCHS_PER_FACT = 2.0
 _FACTS = 4.0
 #: How much likelier than not a curve ends at the best possible value, before it is seen.
 _ODDS_OF_BEST = 4.5
+#: How much likelier than not a sibling is the better shape, before anything is seen; share of the
+#: draws that are blends of siblings.
+_ODDS_OF_SIBLINGS, _BLENDED = 0.3, 0.4
 #: Draws from all fits, and points of the distribution over epochs.
 _DRAWS, _POINTS = 256, 160
 #: Ends and middle of an interval.
 _QUANTILES = (0.05, 0.5, 0.95)
 #: What a number can be; larger ones are taken for infinite.
 _LARGEST = 1e100
-#: Of values scaled to a range of 1, what is nothing.
-_NOTHING = 1e-6
+#: Of values scaled to a range of 1, what is nothing, and how far siblings can be.
+_NOTHING, _FAR = 1e-6, 1e9
 #: The grid: t, in units of the epochs so far, and p.
 _SCALES = np.geomspace(0.03, 10.0, 16)
 _POWERS = {
@@ -121,12 +126,36 @@ class _Fits:
         return y - self.height[:, None] * g - self.asymptote[:, None]
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How shapes are fitted.
+
+    Attributes:
+        g: Shapes at the epochs so far; shape (shapes, n).
+        ahead: The same at epochs ahead; shape (shapes, ends).
+        floor: Least asymptote.
+        ends_at_floor: The asymptote is the floor.
+        log_prior: Of each shape; shape (shapes,).
+    """
+
+    g: Array
+    ahead: Array
+    floor: float
+    ends_at_floor: bool
+    log_prior: Array
+
+
 def forecast(
-    values: Sequence[float], target: float, *, falling: bool = True, best: float | None = None
+    values: Sequence[float],
+    target: float,
+    *,
+    falling: bool = True,
+    best: float | None = None,
+    siblings: Sequence[Sequence[float]] = (),
 ) -> Forecast | None:
     """Continues a curve to a target.
 
-    Deterministic; some milliseconds, whatever the number of epochs.
+    Deterministic; some milliseconds, whatever the number of epochs and siblings.
 
     Args:
         values: Of the metric after each epoch, from the first. NaN and infinities are skipped.
@@ -134,6 +163,8 @@ def forecast(
         falling: Less is better, as of a loss; otherwise more, as of an accuracy.
         best: No curve passes this value: 0 for a loss that is not negative, 1 for an accuracy.
             Predictions are clearly better for knowing it.
+        siblings: The same metric of other trainings of the same function, oldest first; whole
+            curves, or as far as they are known. The newest that are longer than this one count.
 
     Returns:
         None if fewer than ``FEWEST`` epochs have a finite value.
@@ -158,7 +189,12 @@ def forecast(
     least, spread = y.min(), float(np.ptp(y)) or max(1.0, abs(float(y[0])))
     goal = (sign * target - least) / spread
     floor = -math.inf if best is None else (sign * best - least) / spread
-    return _first_passage((known + 1) / now, (y - least) / spread, goal, floor, now)
+    far = _FAR * spread
+    curves = [
+        (np.clip(curve, least - far, least + far) - least) / spread
+        for curve in _longer(siblings, sign, now)
+    ]
+    return _first_passage((known + 1) / now, (y - least) / spread, goal, floor, now, curves)
 
 
 def moved(before: Forecast | None, now: Forecast | None, delta: float = DELTA) -> bool:
@@ -188,6 +224,18 @@ def _check(target: float, falling: bool, best: float | None) -> None:
         mistakes.append(f"target {target!r} is better than the best possible value, {best!r}")
     if mistakes:
         raise InvalidInput(mistakes)
+
+
+def _longer(siblings: Sequence[Sequence[float]], sign: float, now: int) -> list[Array]:
+    """The newest curves that say something of what is ahead, with NaN where there is no number."""
+    found: list[Array] = []
+    for values in reversed(siblings):
+        curve = sign * np.asarray(values, dtype=np.float64)
+        curve[~(np.abs(curve) < _LARGEST)] = math.nan
+        known = np.flatnonzero(np.isfinite(curve))
+        if len(known) >= FEWEST and known[-1] >= now and len(found) < MOST:
+            found.append(curve)
+    return found
 
 
 @cache
@@ -268,37 +316,72 @@ def _height_alone(w: Array, g: Array, y: Array, floor: float) -> tuple[Array, ..
     return a, nothing + floor, 1.0 / np.sqrt(gg), nothing, nothing
 
 
-def _all_fits(x: Array, g: Array, y: Array, floor: float) -> tuple[_Fits, Array]:
-    """Every shape, fitted in every way, and the share of each fit; first axis: ways x shapes."""
+def _ways(x: Array, ahead: Array, floor: float, siblings: Siblings | None, now: int) -> list[_Way]:
+    """All shapes, with all that is known of them beforehand."""
     family = _grid()[0].astype(int)
-    prior = -np.log(np.bincount(family))[family]
+    prior = -np.log(np.bincount(family) * len(_POWERS))[family]
+    g, g_ahead = _shapes(x), _shapes(ahead)
+    ways = [_Way(g, g_ahead, floor, ends_at_floor=False, log_prior=prior)]
+    if math.isfinite(floor):
+        prior = prior + math.log(_ODDS_OF_BEST)
+        ways.append(_Way(g, g_ahead, floor, ends_at_floor=True, log_prior=prior))
+    if siblings is not None:
+        odds = math.log(_ODDS_OF_SIBLINGS * sum(np.exp(way.log_prior).sum() for way in ways))
+        g, g_ahead = siblings.stretched(x * now), siblings.stretched(ahead * now)
+        prior = siblings.log_prior() + odds
+        ways.append(_Way(g, g_ahead, siblings.floor, ends_at_floor=True, log_prior=prior))
+    return ways
+
+
+def _all_fits(x: Array, y: Array, ways: Sequence[_Way]) -> tuple[_Fits, Array]:
+    """Every shape, fitted in every way, and the share of each fit.
+
+    First axis: ways x recencies x shapes.
+    """
     held_out = max(_HELD_OUT_LEAST, round(_HELD_OUT * len(y)))
     facts = min(_FACTS, held_out / _EPOCHS_PER_FACT)
     cut = len(y) - held_out
     noise2 = _noise(y) ** 2
     fits, evidence = [], []
-    for ends_at_floor in (False, True) if math.isfinite(floor) else (False,):
+    for way in ways:
         for recency in _RECENCIES:
             early = (x[:cut] / x[cut - 1]) ** recency
-            before = _fit(g[:, :cut], y[:cut], early, floor, ends_at_floor=ends_at_floor)
-            left2 = before.left(g[:, cut:], y[cut:]) ** 2
+            fit = partial(_fit, floor=way.floor, ends_at_floor=way.ends_at_floor)
+            before = fit(way.g[:, :cut], y[:cut], early)
+            left2 = before.left(way.g[:, cut:], y[cut:]) ** 2
             spike = 9.0 * np.median(left2, axis=1, keepdims=True) + noise2
             left2 = np.minimum(left2, spike).mean(axis=1)
-            likelihood = -0.5 * facts * np.log(left2 + noise2)
-            odds = math.log(_ODDS_OF_BEST) if ends_at_floor else 0.0
-            evidence.append(likelihood + prior + odds)
-            fits.append(_fit(g, y, x**recency, floor, ends_at_floor=ends_at_floor))
-    share = np.exp(np.concatenate(evidence) - np.max(evidence))
+            evidence.append(-0.5 * facts * np.log(left2 + noise2) + way.log_prior)
+            fits.append(fit(way.g, y, x**recency))
+    joined = np.concatenate(evidence)
+    share = np.exp(joined - joined.max())
     factors = zip(*(each.factor for each in fits), strict=True)
-    joined = _Fits(
+    return _Fits(
         np.concatenate([each.height for each in fits]),
         np.concatenate([each.asymptote for each in fits]),
         cast(tuple[Array, Array, Array], tuple(np.concatenate(each) for each in factors)),
-    )
-    return joined, share / share.sum()
+    ), share / share.sum()
 
 
-def _first_passage(x: Array, y: Array, goal: float, floor: float, now: int) -> Forecast:
+def _fitted(
+    x: Array, y: Array, ahead: Array, floor: float, siblings: Siblings | None, now: int
+) -> Array:
+    """Draws of curves from all fits; shape (draws, ends)."""
+    ways = _ways(x, ahead, floor, siblings, now)
+    fits, share = _all_fits(x, y, ways)
+    places = (np.arange(_DRAWS) + 0.5) / _DRAWS
+    drawn = np.minimum(np.searchsorted(np.cumsum(share), places), len(share) - 1)
+    first, second = np.random.default_rng(0).standard_normal((2, _DRAWS))
+    aa, ca, cc = (entry[drawn] for entry in fits.factor)
+    a = np.maximum(fits.height[drawn] + aa * first, 0.0)
+    c = np.maximum(fits.asymptote[drawn] + ca * first + cc * second, floor)
+    g = np.concatenate([way.ahead for way in ways for _ in _RECENCIES])[drawn]
+    return np.asarray(a[:, None] * g + c[:, None])
+
+
+def _first_passage(
+    x: Array, y: Array, goal: float, floor: float, now: int, curves: Sequence[Array]
+) -> Forecast:
     """Distribution of the first epoch at the goal, over draws of curves and noise.
 
     Args:
@@ -307,18 +390,16 @@ def _first_passage(x: Array, y: Array, goal: float, floor: float, now: int) -> F
         goal: The target, scaled.
         floor: Least asymptote, scaled.
         now: Epochs so far.
+        curves: Of siblings, scaled.
     """
-    fits, share = _all_fits(x, _shapes(x), y, floor)
     ends = np.unique(np.geomspace(now + 1, HORIZON * now, _POINTS).round())
-    places = (np.arange(_DRAWS) + 0.5) / _DRAWS
-    drawn = np.minimum(np.searchsorted(np.cumsum(share), places), len(share) - 1)
-    first, second = np.random.default_rng(0).standard_normal((2, _DRAWS))
-    aa, ca, cc = (entry[drawn] for entry in fits.factor)
-    a = np.maximum(fits.height[drawn] + aa * first, 0.0)
-    c = np.maximum(fits.asymptote[drawn] + ca * first + cc * second, floor)
-    ahead = _shapes(ends / now)[drawn % len(_grid()[0])]
-    curves = a[:, None] * ahead + c[:, None]
-    hazard = np.minimum(_below((goal - curves) / _noise(y)), 1.0 - 1e-12)
+    siblings = Siblings(curves, floor, y, goal) if curves else None
+    drawn = _fitted(x, y, ends / now, floor, siblings, now)
+    if siblings is not None:
+        count = round(_DRAWS * _BLENDED / (1.0 - _BLENDED))
+        numbers = np.random.default_rng(1).standard_normal((count, len(ends)))
+        drawn = np.concatenate([drawn, siblings.blended(np.rint(x * now), y, ends, numbers)])
+    hazard = np.minimum(_below((goal - drawn) / _noise(y)), 1.0 - 1e-12)
     epochs = np.diff(ends, prepend=now)
     missed = np.exp(np.cumsum(epochs * np.log1p(-hazard), axis=1)).mean(axis=0)
     low, mid, high = (_quantile(1.0 - missed, ends, now, q) for q in _QUANTILES)

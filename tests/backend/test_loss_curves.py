@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from smlt_tune.backend.loss_curves import FEWEST, Forecast, forecast, moved
 from smlt_tune.backend.resource_manager.observations import Interval
+from smlt_tune.backend.sibling_curves import MOST
 from smlt_tune.errors import InvalidInput
 
 CURVES = Path(__file__).parents[2] / "benchmarks" / "curves" / "curves.json"
+SEARCHES = CURVES.with_name("searches.json")
 EPOCHS = np.arange(1, 101)
 FALLING = {
     "CE-scaling": 1 / (0.3 * EPOCHS + 1) + 0.2,
@@ -114,16 +116,117 @@ def test_real_trainings_are_foretold():
 def test_the_same_curve_gives_the_same_forecast():
     curve = FALLING["Hill"][:25]
     assert forecast(curve, 0.1) == forecast(list(curve), 0.1)
+    siblings = [FALLING["Hill"] + 0.1, FALLING["Weibull"]]
+    again = forecast(curve, 0.1, siblings=[list(one) for one in siblings])
+    assert forecast(curve, 0.1, siblings=siblings) == again
+
+
+def decaying(scale, level, seed):
+    """The rate of this training is divided after 50 epochs."""
+    noise = 0.01 * np.random.default_rng(seed).standard_normal(len(EPOCHS))
+    slow = np.exp(-EPOCHS / 80) + level
+    return scale * np.where(EPOCHS > 50, 0.4, 1.0) * slow * np.exp(noise)
+
+
+@pytest.mark.parametrize("best", [0.0, None])
+def test_siblings_tell_of_a_rate_that_decays_later(best):
+    siblings = [decaying(scale, 0.3, seed) for seed, scale in enumerate((0.7, 0.9, 1.2))]
+    curve = decaying(1.0, 0.25, 7)
+    target = 0.6 * float(curve[45])
+    reached = float(np.flatnonzero(curve <= target)[0] + 1)
+    alone = forecast(curve[:30], target, best=best)
+    found = forecast(curve[:30], target, best=best, siblings=siblings)
+    assert reached == 51
+    assert alone.epochs.mid > 3.0 * reached
+    assert found.epochs.mid == pytest.approx(reached, rel=0.2)
+    assert found.epochs.low <= reached <= found.epochs.high
+
+
+@pytest.mark.parametrize("name", FALLING)
+@pytest.mark.parametrize(
+    "strange",
+    [
+        [3.0 + 0.0 * EPOCHS],
+        [0.01 * EPOCHS, 5.0 + 0.1 * EPOCHS],
+        [1e6 / EPOCHS, 1e-6 / EPOCHS],
+        list(np.random.default_rng(5).uniform(0.1, 2.0, (6, 100))),
+    ],
+    ids=["flat", "rising", "scales", "noise"],
+)
+def test_siblings_that_have_nothing_to_do_with_it_spoil_little(name, strange):
+    curve = FALLING[name]
+    found = forecast(curve[:30], float(curve[44]), best=0.0, siblings=strange)
+    assert found.epochs.mid == pytest.approx(45, rel=0.2)
+    assert found.epochs.low <= 45 <= found.epochs.high
+
+
+@pytest.mark.parametrize("name", FALLING)
+def test_a_sibling_that_took_the_same_course_tells_the_epoch(name):
+    curve = FALLING[name]
+    found = forecast(curve[:20], float(curve[69]), best=0.0, siblings=[curve])
+    assert found.epochs.mid == pytest.approx(70, rel=0.1)
+
+
+def test_siblings_may_have_any_length_and_gaps():
+    siblings = [decaying(1.0 + 0.1 * seed, 0.3, seed) for seed in range(4)]
+    whole = forecast(siblings[0][:30], 0.35, best=0.0, siblings=siblings[1:])
+    siblings[1] = siblings[1][:70]
+    siblings[2][[0, 11, 54]] = math.nan
+    siblings[3][[3, 60]] = math.inf, -math.inf
+    siblings.append(np.where((EPOCHS < 5) | (EPOCHS == 100), siblings[0], math.nan))
+    broken = forecast(siblings[0][:30], 0.35, best=0.0, siblings=siblings[1:])
+    assert broken.epochs.mid == pytest.approx(whole.epochs.mid, rel=0.1)
+
+
+def test_siblings_that_know_nothing_of_what_is_ahead_change_nothing():
+    curve = FALLING["Weibull"][:30]
+    short = [[], [1.0, 0.9], curve, [*curve, math.nan, math.nan, math.nan, math.nan, math.nan]]
+    few = [*[math.nan] * 60, 0.5, 0.4, 0.3]
+    alone = forecast(curve, 0.4, best=0.0)
+    assert forecast(curve, 0.4, best=0.0, siblings=[*short, few]) == alone
+
+
+def test_the_newest_siblings_count():
+    curve = decaying(1.0, 0.3, 99)[:30]
+    siblings = [decaying(1.0 + 0.1 * seed, 0.3, seed) for seed in range(MOST)]
+    newest = forecast(curve, 0.5, best=0.0, siblings=siblings)
+    assert forecast(curve, 0.5, best=0.0, siblings=[FALLING["CE-scaling"], *siblings]) == newest
+    assert forecast(curve, 0.5, best=0.0, siblings=[*siblings[:-1], FALLING["Hill"]]) != newest
+
+
+def test_trials_of_real_searches_are_foretold_better_with_their_siblings():
+    """From 30 % of their epochs to where they end, for searches that no constant was chosen on."""
+    alone, found, covered = [], [], []
+    runs = json.loads(SEARCHES.read_text(encoding="utf-8"))
+    for number in range(1, 16, 2):
+        search = [run["curves"] for run in runs if run["search"] == number]
+        for metric in search[0]:
+            sign, best = (-1.0, 1.0) if metric == "accuracy" else (1.0, 0.0)
+            *siblings, values = [np.array(one[metric], float) for one in search]
+            y = sign * values
+            seen, target = math.ceil(0.3 * len(y)), float(np.median(y[-5:]))
+            reached = int(np.flatnonzero(y <= target)[0]) + 1
+            if reached > seen:
+                given = {"falling": sign > 0, "best": best}
+                one = forecast(values[:seen], sign * target, **given).epochs
+                alone.append(abs(one.mid / reached - 1.0))
+                one = forecast(values[:seen], sign * target, **given, siblings=siblings).epochs
+                found.append(abs(one.mid / reached - 1.0))
+                covered.append(one.low <= reached <= one.high)
+    assert len(found) > 15
+    assert np.median(found) < 0.8 * np.median(alone)
+    assert np.mean(covered) > 0.8
 
 
 @given(
     st.lists(st.floats(allow_nan=True, width=32), max_size=300),
     st.floats(-1e6, 1e6),
     st.booleans(),
+    st.lists(st.lists(st.floats(allow_nan=True), max_size=60), max_size=3),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_values_give_ordered_epochs_in_the_future(values, target, falling):
-    found = forecast(values, target, falling=falling)
+def test_any_values_give_ordered_epochs_in_the_future(values, target, falling, siblings):
+    found = forecast(values, target, falling=falling, siblings=siblings)
     if found is None:
         return
     epochs = found.epochs

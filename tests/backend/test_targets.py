@@ -77,6 +77,27 @@ def test_its_allocation_is_chosen_for_the_epochs_that_are_left():
     assert late
 
 
+def test_a_forecast_knows_what_the_siblings_before_have_seen():
+    """The rate falls after 40 epochs, and nothing tells that before."""
+
+    def metrics(scale):
+        return lambda epoch: {"loss": scale * (0.9 if epoch < 40 else 0.4) * 0.99**epoch}
+
+    policy, expected = Recorder(), []
+    with fleet_on(policy) as fleet:
+        for scale in (1.0, 1.1, 0.95, 1.05):
+            policy.left.clear()
+            config = {"metrics": metrics(scale)}
+            job = fleet.submit(train, config, target=Target("loss", 0.3, "min", best=0))
+            reports = job.result().reports
+            assert len(reports) == 41
+            an_epoch_s = reports[1].time_s - reports[0].time_s
+            epochs = [(at_s / an_epoch_s, left / ITERATIONS) for at_s, left in policy.left]
+            expected.append([epoch + left for epoch, left in epochs if epoch < 38][-1])
+    assert expected[0] > 80  # it goes on as it was
+    assert expected[-1] == pytest.approx(41, rel=0.15)
+
+
 def test_reports_without_the_metric_are_no_matter():
     def metrics(epoch):
         values = {0: True, 1: "none", 2: float("nan"), 6: 0.1}
