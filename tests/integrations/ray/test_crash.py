@@ -130,8 +130,10 @@ def test_a_killed_driver_is_restored(cluster, tmp_path, ray_folder, where, attem
 
 
 @pytest.mark.parametrize("attempt", range(ROUNDS))
-def test_a_killed_worker_costs_at_most_one_step(fit, tmp_path, attempt):
+@pytest.mark.parametrize("tier", ["worker", "host"])
+def test_a_killed_worker_or_its_host_costs_at_most_one_step(fit, platform, tmp_path, tier, attempt):
     killed_at = (3 + attempt) % STEPS
+    victim = None if tier == "worker" else platform._helper.pid  # all functions end with it
 
     def train(config):
         import torch
@@ -147,14 +149,17 @@ def test_a_killed_worker_costs_at_most_one_step(fit, tmp_path, attempt):
                     notes.write(f"{epoch}\n")
                 if epoch == config["at"] and not Path(config["killed"]).exists():
                     Path(config["killed"]).touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(config["victim"] or os.getpid(), signal.SIGKILL)
+                    signal.pause()
                 optimizer.zero_grad()
                 (-model(x)).mean().backward()
                 optimizer.step()
             session.report(epoch=epoch, weight=model.weight.item())
 
     paths = {name: str(tmp_path / name) for name in ("notes", "killed")}
-    [result] = fit(train, SmltResources(workers=1), space={"at": killed_at, **paths})
+    [result] = fit(
+        train, SmltResources(workers=1), space={"at": killed_at, "victim": victim, **paths}
+    )
     assert result.metrics["training_iteration"] == STEPS
     assert result.metrics["weight"] == pytest.approx(STEPS * 0.5)
     trained = sorted(int(line) for line in lines(tmp_path / "notes"))
