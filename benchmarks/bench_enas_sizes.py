@@ -20,7 +20,7 @@ that computes little wastes most of eight functions, the more so the smaller its
 bound by what it computes takes the same work wherever it is done. Without a deadline one function
 would be cheapest for all.
 
-    python benchmarks/bench_enas_sizes.py             # about 17 minutes; the machine must be quiet
+    python benchmarks/bench_enas_sizes.py             # about 9 minutes; the machine must be quiet
     python benchmarks/bench_enas_sizes.py --quick     # about a minute: does it work?
 """
 
@@ -60,7 +60,7 @@ from smlt_tune.integrations.nni import SmltNasExperiment
 
 WIDTHS, HIDDEN = [2, 4, 8, 16, 32, 64], [16, 64, 256, 1024]
 IMAGES, JUDGES, BATCH = 3072, 512, 32
-CANDIDATES, SEED = 40, 0
+CANDIDATES, SEED = 20, 0
 #: Workers and memory of the grid, and how many images are trained on in a cell of it.
 WORKERS, MEMORY_MB, CELL_IMAGES = (2, 3, 4, 6, 8), (1280, real_jobs.LARGEST_MB), 512
 QUICK_WORKERS, QUICK_MEMORY_MB = (2, 4), (real_jobs.LARGEST_MB,)
