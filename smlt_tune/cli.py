@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from smlt_tune.backend.watching.metrics import Metric
     from smlt_tune.backend.watching.snapshot import Snapshot
 
-_EXTRAS = {"optuna": "optuna", "scipy": "gp", "torch": "torch"}
+_EXTRAS = {"optuna": "optuna", "scipy": "gp", "threadpoolctl": "gp", "torch": "torch"}
 
 #: Width of tables where the output is no terminal, characters.
 _LOG_WIDTH = 160
@@ -384,7 +384,9 @@ def _require_search(sweep: "Sweep") -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     """``smlt plan``."""
-    _require("smlt plan", "scipy")
+    from smlt_tune.backend.late_policy import NEEDED
+
+    _require("smlt plan", *NEEDED)
     from smlt_tune.backend.platform_tables import user_home
     from smlt_tune.backend.sweeps.plan_command import Request, plan
 
@@ -559,7 +561,7 @@ def _platform_to_calibrate(arguments: argparse.Namespace) -> "Platform":
 def _require(what: str, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        extras = ",".join(_EXTRAS[module] for module in missing)
+        extras = ",".join(dict.fromkeys(_EXTRAS[module] for module in missing))
         raise InvalidInput(
             f"{what} needs {' and '.join(missing)}: pip install 'smlt-tune[{extras}]'"
         )

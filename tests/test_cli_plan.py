@@ -321,6 +321,11 @@ def test_without_an_extra_it_says_what_to_install(folder, capsys, monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "scipy" else find(name))
     assert function() == 2
     assert "smlt plan needs scipy: pip install 'smlt-tune[gp]'" in capsys.readouterr().err
+    extra = {"scipy", "threadpoolctl"}
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in extra else find(name))
+    assert function() == 2
+    told = "smlt plan needs scipy and threadpoolctl: pip install 'smlt-tune[gp]'"
+    assert told in capsys.readouterr().err
 
 
 def test_stages_are_planned_together(folder, capsys):

@@ -20,6 +20,9 @@ from smlt_tune.errors import InvalidInput, UsageError
 
 _LOG = logging.getLogger(__name__)
 
+#: Modules that the resource manager needs, of the extra ``gp``.
+NEEDED = ("scipy", "threadpoolctl")
+
 
 class LatePolicy:
     """Stands for a policy that takes long to make, because of what it imports.
@@ -103,6 +106,11 @@ def options_of(policy: AllocationPolicy, facts: JobFacts) -> tuple[Option, ...]:
     return able.options(facts)
 
 
+def missing() -> list[str]:
+    """What the resource manager needs and is not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
 def resource_manager(
     platform: Platform,
     prices: Prices,
@@ -117,10 +125,11 @@ def resource_manager(
         stores: URL and row of the price list of each parameter store, by name.
         profiles: What is known from earlier fleets.
     """
-    if importlib.util.find_spec("scipy") is None:
+    if lacking := missing():
         _LOG.warning(
-            "sizes of jobs are not optimised, because scipy is not installed: "
-            "pip install 'smlt-tune[gp]'"
+            "sizes of jobs are not optimised, because %s is not installed: "
+            "pip install 'smlt-tune[gp]'",
+            " and ".join(lacking),
         )
         return PinnedOrDefault()
     for slow in ("scipy.linalg", "scipy.special"):  # here, not in the middle of a decision

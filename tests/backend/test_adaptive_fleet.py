@@ -344,14 +344,17 @@ def test_a_policy_that_cannot_be_made_is_the_default(caplog):
     assert "libcudart" in caplog.text
 
 
-def test_without_scipy_the_default_sizes_are_used_and_that_is_said(platform, monkeypatch, caplog):
+@pytest.mark.parametrize("lacking", ["scipy", "threadpoolctl"])
+def test_without_the_extra_the_default_sizes_are_used_and_that_is_said(
+    platform, monkeypatch, caplog, lacking
+):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == lacking else find(name)
     )
     with smlt.Fleet(platform=platform) as fleet:
         fleet.submit(jobs.train, {"epochs": 1}, workers=1, memory_mb=1769).result(60)
-        assert "scipy" not in caplog.text  # nothing was to be chosen
+        assert lacking not in caplog.text  # nothing was to be chosen
         outcome = fleet.submit(jobs.train, {"epochs": 1}).result(60)
         fleet.submit(jobs.train, {"epochs": 1}).result(60)
     assert (outcome.allocations[0].workers, outcome.allocations[0].memory_mb) == (2, 1769)

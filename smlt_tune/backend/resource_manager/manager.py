@@ -2,9 +2,9 @@
 
 It predicts the time per iteration of every allocation (:mod:`gaussian_process`, with the analytic
 model of :mod:`physics` inside), from that time and cost of the rest of the job, and recommends the
-optimum of the posterior among the allocations that keep the goal's limit with something to spare
-and whose memory is enough with a probability of 95 %. It costs no profiling runs: a job starts at
-the recommendation and is looked at again while it trains.
+optimum of the posterior among the allocations that are expected to keep the goal's limit, which has
+a price, and whose memory is enough with a probability of 95 %. It costs no profiling runs: a job
+starts at the recommendation and is looked at again while it trains.
 
 A function of what it was told: no I/O, no clock, no random numbers.
 """

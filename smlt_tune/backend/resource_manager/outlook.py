@@ -252,8 +252,10 @@ class Outlook:
         self._terms = self._job_terms(current)
         self.time_s = self._terms.time_s(np.exp(self._mean))
         self.cost_usd = self._terms.cost_usd(np.exp(self._mean))
-        # What the goal limits, as it is expected.
-        self._expected = self.time_s if isinstance(self._goal, Cheapest) else self.cost_usd
+        # What the goal limits and what it minimises, as they are expected.
+        self._expected, self._sought = self.cost_usd, self.time_s
+        if isinstance(self._goal, Cheapest):
+            self._expected, self._sought = self.time_s, self.cost_usd
         self.allowed = np.ones(size, dtype=bool)
 
     def _job_terms(self, current: Allocation | None) -> JobTerms:
@@ -424,16 +426,12 @@ class Outlook:
 
     def gain(self, new: int, old: int) -> float:
         """Share of what is left that the new one saves of what the goal minimises."""
-        what = self.cost_usd if isinstance(self._goal, Cheapest) else self.time_s
-        return float(1.0 - what[new] / what[old])
+        return float(1.0 - self._sought[new] / self._sought[old])
 
     def saving(self, new: int, old: int) -> float:
         """What a move lowers the price by, as a share of the whole job: also of what was used."""
-        facts = self._facts
-        if isinstance(self._goal, Cheapest):
-            left, used = self.cost_usd[old], facts.spent_usd
-        else:
-            left, used = self.time_s[old], facts.elapsed_s
+        facts, left = self._facts, self._sought[old]
+        used = facts.spent_usd if isinstance(self._goal, Cheapest) else facts.elapsed_s
         lower = 1.0 - math.exp(min(self._price[new] - self._price[old], 1.0))
         return float(lower * left / (used + left))
 

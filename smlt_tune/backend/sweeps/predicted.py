@@ -1,9 +1,9 @@
 """What the trials of a sweep would take, for those who divide its budget among them."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from smlt_tune.backend.late_policy import missing
 from smlt_tune.backend.planning import measure
 from smlt_tune.backend.resource_manager.observations import Option, Workload
 from smlt_tune.backend.sweeps import words
@@ -27,7 +27,7 @@ def options_of(sweep: Sweep, fleet: "Fleet", say: Callable[[str], None]) -> Opti
         None where the file pins allocations, or where there is nothing to predict with.
     """
     pinned = sweep.workers is not None or sweep.memory_mb is not None
-    if pinned or find_spec("scipy") is None:
+    if pinned or missing():
         return None
 
     def predict(workload: Workload) -> list[Option]:
