@@ -7,7 +7,8 @@ With the analytic model g linearised at the most probable theta, J its gradient 
 - ``J S0 J'``: what the data say about theta, with the prior N(theta0, S0). The prior covariance
   with a mean that belongs to theta0, not the posterior, or the data would count twice.
 - ``trial``: each trial computes and synchronises a little faster or slower than its features say;
-  one effect for each share of its time.
+  one effect for each share of its time. Most of it belongs to the model: trials of one training
+  function with equal features, as those of a search for a learning rate, share that part.
 - ``kind``: how efficiently operations are computed depends on the kind of layers, which shows in
   their number per parameter: Matern 5/2 over (ln P, ln F / P, ln B), on the share of computation.
   What was learnt of convolutions says little of dense layers.
@@ -53,6 +54,9 @@ Array = NDArray[np.float64]
 
 #: Standard deviations of a trial's effects on its computation and on its synchronisation.
 TRIAL_COMPUTE_SD, TRIAL_SYNC_SD = 0.2, 0.2
+#: Share of their variances that belongs to the model, and not to the trial itself: how busy the
+#: machine is, or another optimizer.
+OF_MODEL = 0.75
 #: Standard deviation and length scales (ln P, ln F / P, ln B) of the effect of the kind of layers.
 KIND_SD, KIND_SCALES = 0.4, (3.0, 1.5, 3.0)
 #: Standard deviation and length scales (ln n, ln m) of the field over allocations.
@@ -72,10 +76,11 @@ _JITTER = 1e-8
 #: Degrees of freedom of the prior of the scale of all covariances, nu.
 SCALE_DOF = 8.0
 #: Columns of the kernel's inputs: J S0^(1/2), shares of the time (of computation first), the
-#: trial's number, whether it is the whole time, the place (ln of n, m, P, F, B, F / P).
+#: numbers of trial and model, whether it is the whole time, the place (ln of n, m, P, F, B, F / P).
 _SHARES = len(PRIOR)
 _TRIAL = _SHARES + 2
-_WHOLE = _TRIAL + 1
+_MODEL = _TRIAL + 1
+_WHOLE = _MODEL + 1
 _PLACE = _WHOLE + 1
 #: The shares carry the trial's standard deviation already.
 _KIND = KIND_SD / TRIAL_COMPUTE_SD
@@ -99,6 +104,8 @@ class Measurements:
         iterations: Of how many iterations each is the median, shape (p,).
         trials: Whose: equal numbers belong to one trial, 0 to the one that is asked about; shape
             (p,).
+        models: Of what model: equal numbers mean the same features and training function, shape
+            (p,).
         whole: Whether it is the whole time, or what a worker has computed by itself, shape (p,).
     """
 
@@ -106,6 +113,7 @@ class Measurements:
     ln_s: Array
     iterations: Array
     trials: Array
+    models: Array
     whole: NDArray[np.bool_]
 
 
@@ -114,7 +122,8 @@ class Apart:
     """What of the covariances of some places with others does not depend on theta.
 
     Attributes:
-        same: Whether they are of one trial, shape (p, q).
+        same: How much of the effects of a trial they share: all of one trial and model, a part of
+            trials of one model; shape (p, q).
         kinds: How much of the effect of the kind of layers they share, and the same of the trial's
             own effect on computation, shape (p, q).
         fields: What the analytic model gets wrong, shape (p, q).
@@ -126,7 +135,7 @@ class Apart:
 
 
 class AnalyticKernel:
-    """``J S0 J'`` alone; its inputs are what :func:`features` gives, shape (p, 20)."""
+    """``J S0 J'`` alone; its inputs are what :func:`features` gives, shape (p, 21)."""
 
     #: What the analytic model gets wrong is noise then, as a standard deviation of ln t.
     noise_sd = 0.08
@@ -155,7 +164,8 @@ class TimeKernel(AnalyticKernel):
         return np.asarray((x[:, :_TRIAL] ** 2).sum(axis=1) + kind + fields)
 
     def apart(self, x1: Array, x2: Array) -> Apart:  # noqa: D102
-        same = (x1[:, _TRIAL, None] == x2[:, _TRIAL]).astype(np.float64)
+        trial, model = (x1[:, k, None] == x2[:, k] for k in (_TRIAL, _MODEL))
+        same = (1.0 - OF_MODEL) * trial + OF_MODEL * model
         kind, field, context = _matern(x1[:, _PLACE:], x2[:, _PLACE:])
         fields = FIELD_SD**2 * field + CONTEXT_SD**2 * context
         fields = fields * np.outer(x1[:, _WHOLE], x2[:, _WHOLE])
@@ -204,13 +214,14 @@ def time_kernel(*, residual: bool = True) -> AnalyticKernel:
     return TimeKernel() if residual else AnalyticKernel()
 
 
-def features(at: Points, times: Times, trials: Array, whole: Array) -> Array:
-    """Inputs of the kernel, shape (p, 20).
+def features(at: Points, times: Times, trials: Array, models: Array, whole: Array) -> Array:
+    """Inputs of the kernel, shape (p, 21).
 
     Args:
         at: The points.
         times: What the analytic model says of them, at the theta it is linearised at.
         trials: Numbers of their trials, shape (p,).
+        models: Numbers of their models, shape (p,).
         whole: 1 for the whole time, 0 for what a worker computes by itself, shape (p,).
     """
     size, work = at.parameters, at.flops
@@ -220,6 +231,7 @@ def features(at: Points, times: Times, trials: Array, whole: Array) -> Array:
         TRIAL_COMPUTE_SD * times.compute_share,
         TRIAL_SYNC_SD * (1.0 - times.compute_share),
         trials,
+        models,
         whole,
         *np.log(logs),
     ]
@@ -262,16 +274,17 @@ class GaussianProcess:
         """Most probable unknowns of the analytic model, as in ``physics.PRIOR``."""
         return self._theta
 
-    def predict(self, at: Points, trials: Array) -> tuple[Array, Array]:
+    def predict(self, at: Points, trials: Array, models: Array) -> tuple[Array, Array]:
         """Mean and standard deviation of ln t without noise, each of shape (p,).
 
         Args:
             at: Where; p points.
             trials: Whose, shape (p,).
+            models: Of what model, shape (p,).
         """
         times = self._model(at, self._theta)
         mean = times.ln_s + times.gradient @ (THETA_MEAN - self._theta)
-        x = features(at, times, trials, np.ones_like(trials))
+        x = features(at, times, trials, models, np.ones_like(trials))
         variance = self._kernel.variance(x)
         if len(self._measured.ln_s):
             across = self._kernel.covariance(self._x, x, self._kernel.apart(self._x, x))
@@ -285,7 +298,8 @@ class GaussianProcess:
         measured = self._measured
         for last in (*[False] * (_STEPS - 1), True):
             times = self._times(self._theta)
-            self._x = x = features(measured.at, times, measured.trials, self._whole)
+            trials, models = measured.trials, measured.models
+            self._x = x = features(measured.at, times, trials, models, self._whole)
             surprise = measured.ln_s - times.ln_s - times.gradient @ (THETA_MEAN - self._theta)
             if self._apart is None:
                 self._apart = self._kernel.apart(x, x)

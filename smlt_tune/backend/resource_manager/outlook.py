@@ -92,6 +92,16 @@ class Knowledge:
             numbers.setdefault(profile.job_id, len(numbers))
         return numbers
 
+    def models(self, workloads: Iterable[Workload]) -> Array:
+        """A number for each, the same for equal models of one function; 0 for that of this job."""
+        numbers = {(self.workload.function, self.workload.features): 0}
+        return np.array(
+            [
+                float(numbers.setdefault((work.function, work.features), len(numbers)))
+                for work in workloads
+            ]
+        )
+
     def process(self, *, residual: bool) -> "GaussianProcess":
         """The posterior of the time per iteration."""
         from smlt_tune.backend.resource_manager.gaussian_process import (
@@ -111,6 +121,7 @@ class Knowledge:
             ln_s=np.log(seconds),
             iterations=np.array([float(p.iterations) for p in every]),
             trials=np.array([float(numbers[p.job_id]) for p in every]),
+            models=self.models(p.workload for p in every),
             whole=np.arange(len(every)) < len(timed),
         )
         return GaussianProcess(self.model, measured, residual=residual)
@@ -124,7 +135,7 @@ class Knowledge:
         """
         here = np.zeros(len(grid.workers))
         holdings = _holdings([self.workload] * len(here), grid.workers, here)
-        mean, sd = process.predict(self.points(grid), here)
+        mean, sd = process.predict(self.points(grid), trials=here, models=here)
         return np.stack([mean, sd, memory.fits(holdings, grid.memory_mb)])
 
     def memory(self) -> MemoryModel:

@@ -37,11 +37,19 @@ def places(rng, size, parameters=None):
     )
 
 
-def measurements(at, ln_s, trials, iterations=10, whole=None):
-    size = len(ln_s)
+def measurements(at, ln_s, trials, iterations=10, whole=None, models=None):
+    """Of trials of different models, if nothing else is said."""
+    size, trials = len(ln_s), np.asarray(trials, float)
     of, every = np.full(size, float(iterations)), np.ones(size, dtype=bool)
     whole = every if whole is None else np.asarray(whole)
-    return gp.Measurements(at, ln_s, of, np.asarray(trials, float), whole)
+    models = trials if models is None else np.asarray(models, float)
+    return gp.Measurements(at, ln_s, of, trials, models, whole)
+
+
+def predict(process, at, trial):
+    """For a trial of a model of its own."""
+    number = np.full(len(at.workers), float(trial))
+    return process.predict(at, number, number)
 
 
 def nothing():
@@ -51,7 +59,7 @@ def nothing():
 
 def test_without_measurements_it_is_the_analytic_model_with_its_prior():
     at = places(np.random.default_rng(1), 20)
-    mean, sd = gp.GaussianProcess(MODEL, nothing()).predict(at, np.zeros(20))
+    mean, sd = predict(gp.GaussianProcess(MODEL, nothing()), at, 0)
     assert mean == pytest.approx(MODEL(at, THETA_MEAN).ln_s)
     assert (sd > 0.3).all()
 
@@ -76,7 +84,7 @@ def test_the_posterior_is_that_of_an_exact_gp_of_gpytorch():
     ln_s = MODEL(at, THETA_MEAN + 0.3).ln_s + rng.normal(0, 0.02, 12)
     trials = np.arange(12) // 3
     fitted = gp.GaussianProcess(MODEL, measurements(at, ln_s, trials))
-    mean, sd = fitted.predict(there, np.full(30, 2.0))
+    mean, sd = predict(fitted, there, 2)
 
     class Covariance(gpytorch.kernels.Kernel):
         def forward(self, x1, x2, diag=False, **_):
@@ -99,11 +107,13 @@ def test_the_posterior_is_that_of_an_exact_gp_of_gpytorch():
     (mean_at, times_at), (mean_there, times_there) = shift(at), shift(there)
     noise = torch.from_numpy(gp.noise_sd(np.full(12, 10.0)) ** 2)
     likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(noise)
-    x = torch.from_numpy(gp.features(at, times_at, trials.astype(float), np.ones(12)))
+    numbers = trials.astype(float)
+    x = torch.from_numpy(gp.features(at, times_at, numbers, numbers, np.ones(12)))
     exact = Exact(x, torch.from_numpy(ln_s - mean_at), likelihood).double()
     exact.eval()
     with torch.no_grad():
-        x = gp.features(there, times_there, np.full(30, 2.0), np.ones(30))
+        number = np.full(30, 2.0)
+        x = gp.features(there, times_there, number, number, np.ones(30))
         posterior = exact(torch.from_numpy(x))
     assert mean == pytest.approx(mean_there + posterior.mean.numpy(), abs=1e-5)
     assert sd == pytest.approx(fitted.scale * posterior.stddev.numpy(), rel=1e-4)
@@ -158,7 +168,7 @@ def test_intervals_cover_what_they_say():
         known = Points(*(column[seen] for column in vars(at).values()))
         there = Points(*(column[~seen] for column in vars(at).values()))
         process = gp.GaussianProcess(MODEL, measurements(known, ln_s[seen], of[seen]))
-        mean, sd = process.predict(there, np.full(each, float(trials)))
+        mean, sd = predict(process, there, trials)
         covered += list(np.abs(ln_s[~seen] - mean) < norm.ppf(0.975) * np.hypot(sd, 0.015))
     assert 0.88 <= np.mean(covered) <= 1.0
 
@@ -172,8 +182,8 @@ def test_the_computation_of_one_measurement_tells_what_more_workers_would_bring(
     whole = gp.GaussianProcess(MODEL, measurements(here, np.zeros(1), [0]))
     parts = measurements(twice, np.log([1.0, 1.0 - synchronising]), [0, 0], whole=[True, False])
     split = gp.GaussianProcess(MODEL, parts)
-    (_, alone, many), sd = split.predict(at, np.zeros(3))
-    assert (sd[1:] < whole.predict(at, np.zeros(3))[1][1:]).all()
+    (_, alone, many), sd = predict(split, at, 0)
+    assert (sd[1:] < predict(whole, at, 0)[1][1:]).all()
     # Of the second, 4 workers synchronise most of the time: one alone is hardly slower.
     assert alone - many > 1.0 if synchronising == 0.2 else alone - many < 0.3
 
@@ -181,11 +191,11 @@ def test_the_computation_of_one_measurement_tells_what_more_workers_would_bring(
 def test_siblings_and_own_measurements_narrow_the_prediction():
     rng = np.random.default_rng(3)
     at, ln_s, of = family(rng, THETA_MEAN + 0.5, 10, 3)
-    there, number = places(rng, 50, 3e6), np.full(50, 99.0)
+    there = places(rng, 50, 3e6)
     truth = MODEL(there, THETA_MEAN + 0.5).ln_s + 0.3
 
     def error(measured):
-        mean, sd = gp.GaussianProcess(MODEL, measured).predict(there, number)
+        mean, sd = predict(gp.GaussianProcess(MODEL, measured), there, 99)
         return np.median(np.abs(mean - truth)), np.median(sd)
 
     own = places(rng, 2, 3e6)
@@ -207,10 +217,28 @@ def test_what_was_learnt_of_convolutions_says_little_of_dense_layers():
     convolutions = replace(dense, flops=50 * dense.flops)
     slow = MODEL(convolutions, THETA_MEAN).ln_s + 1.0
     process = gp.GaussianProcess(MODEL, measurements(convolutions, slow, np.arange(12) // 3))
-    _, sure = process.predict(convolutions, np.full(12, 99.0))
-    _, unsure = process.predict(dense, np.full(12, 99.0))
+    _, sure = predict(process, convolutions, 99)
+    _, unsure = predict(process, dense, 99)
     assert sure.max() < 0.25
     assert unsure.min() > 0.45
+
+
+def test_a_trial_of_a_model_that_was_measured_is_better_known_than_one_of_an_alike_model():
+    rng = np.random.default_rng(6)
+    at, ln_s, of = family(rng, THETA_MEAN, 6, 4, effect=0.0)
+    slow = np.where(of == 5, 0.4, 0.0)  # a model that is slower than it seems
+    process = gp.GaussianProcess(MODEL, measurements(at, ln_s + slow, of))
+    there = Points(*(column[of == 5] for column in vars(at).values()))
+    new = np.full(4, 99.0)
+    alike, unsure = process.predict(there, new, new)
+    equal, sure = process.predict(there, new, np.full(4, 5.0))
+    own, surest = process.predict(there, np.full(4, 5.0), np.full(4, 5.0))
+    truth = (ln_s + slow)[of == 5]
+    assert (surest < sure).all()
+    assert (sure < 0.8 * unsure).all()
+    off = [np.abs(mean - truth).max() for mean in (own, equal, alike)]
+    assert off == sorted(off)
+    assert off[1] < 0.5 * off[2]
 
 
 def test_one_straggler_does_not_spoil_the_rest():
@@ -221,7 +249,7 @@ def test_one_straggler_does_not_spoil_the_rest():
 
     def predicted(values):
         process = gp.GaussianProcess(MODEL, measurements(at, values, of))
-        return process.predict(at, np.zeros(12))[0]
+        return predict(process, at, 0)[0]
 
     error = np.abs(predicted(slow) - predicted(ln_s))
     assert error[5] < 0.3  # of 1.5
@@ -234,7 +262,7 @@ def test_a_job_far_slower_than_its_siblings_is_believed_at_once():
     ln_s[-1] += 1.5
     own = np.where(np.arange(len(of)) == len(of) - 1, 0, of + 1)
     process = gp.GaussianProcess(MODEL, measurements(at, ln_s, own, 5))
-    assert process.predict(at, np.zeros(len(of)))[0][-1] == pytest.approx(ln_s[-1], abs=0.1)
+    assert predict(process, at, 0)[0][-1] == pytest.approx(ln_s[-1], abs=0.1)
 
 
 def test_a_job_far_slower_than_its_siblings_is_believed_wherever_it_was_measured():
@@ -243,7 +271,7 @@ def test_a_job_far_slower_than_its_siblings_is_believed_wherever_it_was_measured
     own = np.where(np.arange(len(of)) >= len(of) - 2, 0, of + 1)
     ln_s[-2:] += 1.4
     process = gp.GaussianProcess(MODEL, measurements(at, ln_s, own, 5))
-    assert process.predict(at, np.zeros(len(of)))[0][-2:] == pytest.approx(ln_s[-2:], abs=0.1)
+    assert predict(process, at, 0)[0][-2:] == pytest.approx(ln_s[-2:], abs=0.1)
 
 
 def test_a_job_whose_workers_wait_long_for_each_other_is_believed():
@@ -251,14 +279,14 @@ def test_a_job_whose_workers_wait_long_for_each_other_is_believed():
     computed = MODEL.computation(here, THETA_MEAN).ln_s[0]
     waits = np.array([computed + np.log(2.0), computed])  # as long as they compute
     measured = measurements(here, waits, [0, 0], 500, whole=[True, False])
-    mean, _ = gp.GaussianProcess(MODEL, measured).predict(here, np.zeros(2))
+    mean, _ = predict(gp.GaussianProcess(MODEL, measured), here, 0)
     assert mean[0] == pytest.approx(waits[0], abs=0.05)
 
 
 def test_the_same_data_twice_do_not_make_it_sure_of_another_trial():
     rng = np.random.default_rng(5)
     at, ln_s, of = family(rng, THETA_MEAN, 1, 6)
-    _, sd = gp.GaussianProcess(MODEL, measurements(at, ln_s, of)).predict(at, np.full(6, 7.0))
+    _, sd = predict(gp.GaussianProcess(MODEL, measurements(at, ln_s, of)), at, 7)
     assert (sd > 0.1).all()
 
 
@@ -266,5 +294,5 @@ def test_the_analytic_model_alone_has_no_fields_and_no_effects_of_trials():
     rng = np.random.default_rng(6)
     at, ln_s, of = family(rng, THETA_MEAN, 2, 6)
     process = gp.GaussianProcess(MODEL, measurements(at, ln_s, of), residual=False)
-    first, second = process.predict(at, np.zeros(12)), process.predict(at, np.ones(12))
+    first, second = predict(process, at, 0), predict(process, at, 1)
     assert np.array_equal(first, second)
