@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 #: The goal's limit has a price: so many per cent of what the goal minimises for each per cent by
-#: which the limit is expected to be exceeded, luck and ill luck weighed. It may still be won back.
-EXCESS_WEIGHT = 4.0
+#: which the limit is expected to be exceeded, luck and ill luck weighed. At first little: that may
+#: still be won back; more and more, the more of the limit is used.
+EXCESS_WEIGHTS = 2.5, 10.0
 #: The limit is at risk where a job is expected to use more than this share of what is left of it.
 RISK_SHARE = 0.99
 #: The same at the beginning of a job is more by this, if there is an allocation that would keep the
@@ -401,7 +402,15 @@ class Outlook:
     @cached_property
     def _price(self) -> Array:
         """What the goal minimises, with what its limit and another move may cost; logarithm."""
-        return self._objective() + self._another_move() + EXCESS_WEIGHT * self._excess()
+        first, last = EXCESS_WEIGHTS
+        weight = first + (last - first) * self._used_share()
+        return self._objective() + self._another_move() + weight * self._excess()
+
+    def _used_share(self) -> float:
+        """Of the goal's limit; 0 without one."""
+        left, facts = self._limit(), self._facts
+        used = facts.elapsed_s if isinstance(self._goal, Cheapest) else facts.spent_usd
+        return 0.0 if left is None else min(1.0, used / max(used + left, 1e-18))
 
     def _excess(self) -> Array:
         """By how much the limit is expected to be exceeded: E max(0, ln(use / limit)).
