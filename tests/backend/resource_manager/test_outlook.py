@@ -18,10 +18,12 @@ LIMITS = PlatformLimits(128, 1769, 900.0, concurrency=8)
 FEW, MANY = Allocation(1, 1769), Allocation(4, 1769)
 
 
-def outlook(goal, few, many):
+def outlook(goal, few, many, elapsed_s=0.0):
     """Of a job on MANY with 100 iterations left; what takes how long, and how sure that is."""
     work = Workload(ModelFeatures(10, 40, 1.0, 1.0), batch=8, iterations=200)
-    facts = JobFacts("a", LIMITS, goal, workload=work, allocation=MANY, iterations_left=100)
+    facts = JobFacts(
+        "a", LIMITS, goal, workload=work, allocation=MANY, iterations_left=100, elapsed_s=elapsed_s
+    )
     stores = {"default": StoreTable(1e-3, 1e9)}
     known = Knowledge(TABLE, stores, load_prices(), IterationTime(TABLE), [], facts)
     (few_s, few_sd), (many_s, many_sd) = few, many
@@ -51,6 +53,12 @@ def test_the_surer_one_is_best_if_that_costs_less_than_breaking_the_limit_may():
     assert chosen(Cheapest(105.0), (0.95, 0.02), (0.3, 0.02)) == FEW
     assert chosen(Cheapest(105.0), (0.95, 0.4), (0.3, 0.02)) == MANY
     assert chosen(Cheapest(105.0), (0.95, 0.4), (0.9, 0.02)) == FEW  # four times as dear
+
+
+def test_late_in_a_job_less_is_dared():
+    few, many = (0.9, 0.2), (0.27, 0.02)
+    assert chosen(Cheapest(105.0), few, many, 0.0) == FEW
+    assert chosen(Cheapest(105.0 + 400.0), few, many, 400.0) == MANY  # as much is left
 
 
 def test_what_nobody_is_sure_of_does_not_speak_for_the_slower_one():
