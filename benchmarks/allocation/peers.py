@@ -72,7 +72,7 @@ class Peer:
         self.memory_mb = np.append(self.memory_mb, profile.allocation.memory_mb)
         self.iteration_s = np.append(self.iteration_s, time_s)
         self.peak_mb = np.append(self.peak_mb, 0.0 if profile.out_of_memory else profile.peak_mb)
-        if not profile.out_of_memory:
+        if not profile.out_of_memory and profile.other_share is not None:
             self.other_share = profile.other_share
 
     def suggest(self):
