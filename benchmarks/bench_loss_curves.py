@@ -14,6 +14,10 @@ is predicted from the beginning of its curve alone, and with the whole curves of
 it. Searches of the even half were for choosing. A trial's own targets are as above; the target of a
 search is the value at which half of its trainings end, and then siblings end when they reach it.
 
+What chance leaves to find is told by repetitions: every trial of a search was trained once more,
+with another seed. ``again`` is what that took to the target, ``repeat`` our prediction with the
+whole curve of the repetition as the only sibling. No other sibling knows as much; several might.
+
     python benchmarks/bench_loss_curves.py
     SMLT_BENCH_QUICK=1 python benchmarks/bench_loss_curves.py
 """
@@ -35,7 +39,7 @@ from scipy.optimize import OptimizeWarning, curve_fit  # noqa: E402
 from smlt_tune.backend.loss_curves import HORIZON, forecast  # noqa: E402
 
 CURVES = Path(__file__).parent / "curves" / "curves.json"
-SEARCHES = CURVES.with_name("searches.json")
+SEARCHES, REPEATS = CURVES.with_name("searches.json"), CURVES.with_name("repeats.json")
 SEEN = (0.3,) if common.QUICK else (0.2, 0.3, 0.4, 0.5, 0.7)
 #: The part whose cases are kept and drawn.
 SHOWN = 0.3
@@ -51,6 +55,8 @@ METHODS = {
 WITH_SIBLINGS = {"siblings": "ours, with siblings", "ours": "ours, alone"} | {
     name: label for name, label in METHODS.items() if name != "ours"
 }
+#: What needs another training of the same configuration.
+REPEATED = {"repeat": "ours, from a repetition", "again": "the repetition itself"}
 #: Numbers of siblings that are told apart: least, most.
 SIBLINGS = {"none": (0, 0), "1 to 3": (1, 3), "4 or more": (4, 99), "any": (1, 99)}
 
@@ -66,12 +72,15 @@ def cases(seen):
 
 
 def cases_of_searches():
-    """The same of every search; with the curves of the trials before, in ``siblings``."""
-    runs = json.loads(SEARCHES.read_text(encoding="utf-8"))
-    searches = [[r for r in runs if r["search"] == n] for n in {r["search"]: None for r in runs}]
+    """The same of every search; with the curves of the trials before, in ``siblings``.
+
+    In ``repeat`` is the curve of the same training with another seed.
+    """
+    searches, repeats = (by_search(file) for file in (SEARCHES, REPEATS))
     for number, search in enumerate(searches[:2] if common.QUICK else searches):
         for metric in search[0]["curves"]:
             curves = [turned(run, metric) for run in search]
+            again = [turned(run, metric) for run in repeats[number]]
             common_target = float(np.median([np.median(y[-SMOOTHED:]) for y in curves]))
             for place, (run, y) in enumerate(zip(search, curves, strict=True)):
                 before = [one for one in curves[:place] if len(one)]
@@ -79,7 +88,13 @@ def cases_of_searches():
                 until = [up_to(one, common_target) for one in before]
                 for share, target, siblings in (*targets, ("search", common_target, until)):
                     for one in case(number, run, metric, SHOWN, share, target):
-                        yield one | {"siblings": siblings}
+                        yield one | {"siblings": siblings, "repeat": again[place]}
+
+
+def by_search(file):
+    """Trainings of a file, search by search."""
+    runs = json.loads(file.read_text(encoding="utf-8"))
+    return [[r for r in runs if r["search"] == n] for n in {r["search"]: None for r in runs}]
 
 
 def turned(run, metric):
@@ -192,13 +207,18 @@ def promised(seen):
 def judged(case):
     """What every method predicts; the interval is that of the best of ours."""
     y, sign, target = case.pop("shown"), case.pop("sign"), case.pop("target")
-    siblings = case.pop("siblings", None)
+    siblings, repeat = case.pop("siblings", None), case.pop("repeat", None)
     best = 0.0 if sign > 0 else 1.0
     case["epochs"] = {name: peer(y, target, sign * best) for name, peer in PEERS.items()}
     given = {"falling": sign > 0, "best": best}
     begun = time.process_time()
     found = forecast(sign * y, sign * target, **given)
     case["epochs"]["ours"] = found.epochs.mid
+    if repeat is not None:
+        whole = forecast(sign * y, sign * target, **given, siblings=[sign * repeat])
+        case["epochs"]["repeat"] = whole.epochs.mid
+        there = np.flatnonzero(repeat[len(y) :] <= target)
+        case["epochs"]["again"] = len(y) + int(there[0]) + 1 if len(there) else math.inf
     if siblings is not None:
         begun, case["siblings"] = time.process_time(), len(siblings)
         curves = [sign * one for one in siblings]
@@ -255,7 +275,7 @@ def summaries_of_searches(rows):
             for group, here in (*groups(own), *by_schedule, ("target of the search", one_target)):
                 if here:
                     about = {"half": half, "siblings": siblings, "group": group}
-                    yield about | summary(here, WITH_SIBLINGS)
+                    yield about | summary(here, WITH_SIBLINGS | REPEATED)
 
 
 def summary(rows, methods):
@@ -284,7 +304,8 @@ def told(row):
 
 def draw(rows, found, in_searches, facts):
     fig, axes = common.figure(1, 4, figsize=(17, 4.2), width_ratios=(1.1, 1, 1, 1.1))
-    ours = dict(zip(METHODS, common.COLOURS, strict=False)) | {"siblings": common.COLOURS[6]}
+    ours = dict(zip(METHODS, common.COLOURS, strict=False))
+    ours |= {"siblings": common.COLOURS[6], "repeat": common.COLOURS[5]}
     believed = [one for one in found if one["half"] == "to believe"]
     for name, label in METHODS.items():
         line = [one["median"][name] for one in believed if one["group"] == "all"]
@@ -311,7 +332,8 @@ def draw(rows, found, in_searches, facts):
     axes[2].set_title(f"{SHOWN:.0%} seen, target at this part of the epochs")
     here = [one for one in in_searches if one["half"] == "to believe" and one["group"] == "all"]
     labels = [f"{one['siblings']}\n{100 * one['covered']:.0f} %" for one in here]
-    bars(axes[3], here, WITH_SIBLINGS, ours, labels)
+    drawn = WITH_SIBLINGS | {"repeat": REPEATED["repeat"]}
+    bars(axes[3], here, drawn, ours, labels)
     axes[3].set_title("trials of searches, by siblings before")
     axes[3].legend(fontsize=8)
     common.save_figure(fig, "loss_curves", facts)
@@ -358,7 +380,7 @@ def main():
         "loss_curves",
         facts,
         {
-            "methods": WITH_SIBLINGS,
+            "methods": WITH_SIBLINGS | REPEATED,
             "interval": 0.9,
             "promised": {str(seen): promised(seen) for seen in SEEN},
             "summary": found,
@@ -368,7 +390,7 @@ def main():
     )
     draw(rows, found, in_searches, facts)
     tell("half, seen, group", found, METHODS, "ours")
-    tell("half, siblings, group", in_searches, WITH_SIBLINGS, "siblings")
+    tell("half, siblings, group", in_searches, WITH_SIBLINGS | REPEATED, "siblings")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ Logistic regressions, perceptrons and small convolutional networks on Fashion-MN
 and accuracy (if there are classes) on samples held out. A training whose loss is no number any more
 ends there.
 
-    python benchmarks/curves/record.py curves|searches [folder of Fashion-MNIST]
+    python benchmarks/curves/record.py curves|searches|repeats [folder of Fashion-MNIST]
 
-writes one of two files beside it, in some minutes of one core: ``curves.json`` has trainings that
+writes one of three files beside it, in some minutes of one core: ``curves.json`` has trainings that
 have little to do with each other; ``searches.json`` has searches, of random configurations of one
-training function each, in the order in which they were drawn.
+training function each, in the order in which they were drawn; ``repeats.json`` has the trainings of
+``searches.json`` once more, with other seeds.
 """
 
 import itertools
@@ -37,6 +38,8 @@ FEW, MANY, HELD_OUT = 2000, 12_000, 1000
 DIGITS = 5
 #: Trials of a search.
 TRIALS = 12
+#: The first seed of trainings that are repeated.
+REPEATED = 1000
 #: What is drawn: (least, most) of the rate, and of the width.
 RATES = {"sgd": (2e-3, 0.2), "adam": (1e-4, 1e-2)}
 WIDTHS = {"linear": (1, 1), "mlp": (8, 128), "cnn": (3, 10)}
@@ -244,13 +247,14 @@ def train(one, seed):
 
 def main():
     torch.set_num_threads(1)
-    kinds = {"curves": trainings, "searches": searches}
+    kinds = {"curves": trainings, "searches": searches, "repeats": searches}
     if sys.argv[1:2] not in ([kind] for kind in kinds):
         raise SystemExit(f"say what to record: {' or '.join(kinds)}")
     if sys.argv[2:]:
         fashion.FASHION = Path(sys.argv[2])
     found, begun = [], time.process_time()
-    for seed, one in enumerate(kinds[sys.argv[1]]()):
+    first = REPEATED if sys.argv[1] == "repeats" else 0
+    for seed, one in enumerate(kinds[sys.argv[1]](), first):
         found.append(train(one, seed))
         print(f"{time.process_time() - begun:6.1f} s", *one.values(), flush=True)
     lines = ",\n".join(json.dumps(each, separators=(",", ":")) for each in found)
