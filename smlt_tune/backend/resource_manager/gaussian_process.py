@@ -60,11 +60,11 @@ OF_MODEL = 0.75
 #: Standard deviation and length scales (ln P, ln F / P, ln B) of the effect of the kind of layers.
 KIND_SD, KIND_SCALES = 0.4, (3.0, 1.5, 3.0)
 #: Standard deviation and length scales (ln n, ln m) of the field over allocations.
-FIELD_SD, FIELD_SCALES = 0.06, (1.5, 1.2)
+FIELD_SD, FIELD_SCALES = 0.09, (1.5, 1.2)
 #: Standard deviation and length scales (ln n, ln m, ln P, ln F, ln B) of the field over models.
 CONTEXT_SD, CONTEXT_SCALES = 0.07, (1.5, 1.2, 1.5, 1.5, 1.5)
 #: Noise of one iteration and of any median, as standard deviations of ln t.
-ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.015
+ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.03
 #: Noise of a time of computation: where it ends and waiting begins differs from the model.
 COMPUTATION_NOISE = 0.1
 #: A measurement that lies so many standard deviations above what the others say is a straggler;

@@ -40,7 +40,7 @@ Array = NDArray[np.float64]
 #: The goal's limit has a price: so many per cent of what the goal minimises for each per cent by
 #: which the limit is expected to be exceeded, luck and ill luck weighed. At first little: that may
 #: still be won back; more and more, the more of the limit is used.
-EXCESS_WEIGHTS = 2.5, 10.0
+EXCESS_WEIGHTS = 2.5, 20.0
 #: The limit is at risk where a job is expected to use more than this share of what is left of it.
 RISK_SHARE = 0.99
 #: The same at the beginning of a job is more by this, if there is an allocation that would keep the
