@@ -5,8 +5,9 @@ from collections.abc import Iterable
 
 from smlt_tune.backend.resource_manager.observations import Allocation, Profile, Workload
 
-#: A profile's times are medians over the newest chunks of iterations, at most so many.
-CHUNKS = 64
+#: A profile's times are of the newest chunks of iterations, at most so many.
+#: Of them the slowest and the fastest quarter do not count: disturbed ones, and lucky ones.
+CHUNKS, OUTER = 64, 0.25
 #: A profile is worth telling after so many iterations or so much time of them, in seconds, ...
 TOLD_ITERATIONS = 3
 TOLD_S = 0.5
@@ -43,7 +44,7 @@ class Measurement:
         self.peak_mb = 0.0
 
     def add(self, iterations: int, iteration_s: float, sync_s: float) -> None:
-        """Adds the medians over some iterations that nothing has disturbed.
+        """Adds the means of some iterations that nothing has disturbed.
 
         Args:
             iterations: How many.
@@ -65,7 +66,7 @@ class Measurement:
         """Whether iterations take another time than the last decision was based on."""
         if not self._basis_s or len(self._chunks) < DRIFT_CHUNKS:
             return False
-        newest = _median((n, time) for n, time, _ in list(self._chunks)[-DRIFT_CHUNKS:])
+        newest = _middle((n, time) for n, time, _ in list(self._chunks)[-DRIFT_CHUNKS:])
         return abs(newest - self._basis_s) > DRIFT * self._basis_s
 
     def forget_the_past(self) -> None:
@@ -77,7 +78,7 @@ class Measurement:
 
     def decided(self) -> None:
         """What it says now is what a decision is based on."""
-        self._basis_s = _median((n, time) for n, time, _ in self._chunks)
+        self._basis_s = _middle((n, time) for n, time, _ in self._chunks)
 
     def profile(self) -> Profile:
         """As it stands, to be told."""
@@ -87,8 +88,8 @@ class Measurement:
             self._workload,
             self.allocation,
             iterations=self.iterations,
-            iteration_s=_median((n, time) for n, time, _ in self._chunks),
-            sync_s=_median((n, sync) for n, _, sync in self._chunks),
+            iteration_s=_middle((n, time) for n, time, _ in self._chunks),
+            sync_s=_middle((n, sync) for n, _, sync in self._chunks),
             other_share=self.other_share,
             start_s=self.start_s,
             hold_up_s=self.hold_up_s,
@@ -97,12 +98,19 @@ class Measurement:
         )
 
 
-def _median(weighted: Iterable[tuple[int, float]]) -> float:
-    """The value at which half of the weight is reached; pairs of weight and value."""
+def _middle(weighted: Iterable[tuple[int, float]]) -> float:
+    """The mean without the outer quarters of the weight; pairs of weight and value.
+
+    It withstands chunks that were disturbed as the median does, but where iterations differ by
+    turns it tells what many of them take.
+    """
     pairs = sorted(weighted, key=lambda pair: pair[1])
-    half, reached = sum(weight for weight, _ in pairs) / 2, 0
+    whole = sum(weight for weight, _ in pairs)
+    low, high = OUTER * whole, (1.0 - OUTER) * whole
+    total, counted, reached = 0.0, 0.0, 0
     for weight, value in pairs:
+        counts = max(0.0, min(reached + weight, high) - max(reached, low))
+        total += value * counts
+        counted += counts
         reached += weight
-        if reached >= half:
-            return value
-    raise ValueError("nothing was measured")
+    return total / counted

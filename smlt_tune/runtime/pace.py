@@ -1,15 +1,44 @@
 """How fast a session goes.
 
-What the scheduler is told of it decides what the job runs on, so a time must be that of an
-undisturbed training iteration.
+What the scheduler is told of it decides what the job runs on, so a time must be that of
+undisturbed training iterations. It is their mean, not their median: a function that may use a part
+of a core only stands still until the platform's next period again and again (20 ms on AWS Lambda),
+so that some iterations take a period longer than others, and only the mean tells what many take.
 """
 
-from collections import deque
 from dataclasses import dataclass, field
-from statistics import median
 
-#: Of so many training iterations the times are kept until they are told.
-CHUNK = 1000
+#: The longest iteration of a chunk does not count if it took so many times as long as any other:
+#: something has disturbed it that nobody knows of.
+STALLED = 3.0
+
+
+@dataclass
+class _Chunk:
+    """Training iterations since the last word; times in seconds, (whole, in synchronisation)."""
+
+    count: int = 0
+    whole_s: float = 0.0
+    sync_s: float = 0.0
+    longest: tuple[float, float] = (0.0, 0.0)
+    second_s: float = 0.0
+
+    def add(self, whole_s: float, sync_s: float) -> None:
+        self.count += 1
+        self.whole_s += whole_s
+        self.sync_s += sync_s
+        if whole_s > self.longest[0]:
+            self.second_s, self.longest = self.longest[0], (whole_s, sync_s)
+        else:
+            self.second_s = max(self.second_s, whole_s)
+
+    def means(self) -> tuple[int, float, float]:
+        """How many, and the means of both times."""
+        count, whole_s, sync_s = self.count, self.whole_s, self.sync_s
+        longest_s, its_sync_s = self.longest
+        if count > 1 and longest_s > STALLED * self.second_s:
+            count, whole_s, sync_s = count - 1, whole_s - longest_s, sync_s - its_sync_s
+        return (count, whole_s / count, sync_s / count) if count else (0, 0.0, 0.0)
 
 
 @dataclass
@@ -38,8 +67,7 @@ class Pace:
     _begun_sync_s: float = 0.0
     _aside_s: float = 0.0
     _disturbed: bool = True  # the first one of an invocation always is: caches are cold
-    # (time, part in synchronisation) of those since the last word.
-    _chunk: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=CHUNK))
+    _chunk: _Chunk = field(default_factory=_Chunk)
     # Of the present epoch, if it was seen from its beginning, and of all such epochs.
     _epoch_s: float | None = None
     _inside_s: float = 0.0
@@ -107,7 +135,7 @@ class Pace:
         took_s = now_s - self._begun_s - self._aside_s
         self._inside_s += took_s
         if whole and not self._disturbed:
-            self._chunk.append((took_s, self.sync_s - self._begun_sync_s))
+            self._chunk.add(took_s, self.sync_s - self._begun_sync_s)
         self._begun_s, self._begun_sync_s = now_s, self.sync_s
         self._aside_s, self._disturbed = 0.0, False
         self._trained_s = now_s
@@ -136,16 +164,13 @@ class Pace:
 
     def forget_chunk(self) -> None:
         """What comes is not like what was."""
-        self._chunk.clear()
+        self._chunk = _Chunk()
 
     def take_chunk(self) -> tuple[int, float, float]:
         """The undisturbed training iterations since the last time.
 
         Returns:
-            (how many, median time, median time in synchronisation).
+            (how many, mean time, mean time in synchronisation).
         """
-        if not self._chunk:
-            return 0, 0.0, 0.0
-        times, syncs = zip(*self._chunk, strict=True)
-        self._chunk.clear()
-        return len(times), median(times), median(syncs)
+        chunk, self._chunk = self._chunk, _Chunk()
+        return chunk.means()

@@ -190,7 +190,7 @@ class Progress(WorkerEvent, kind="progress"):
     Attributes:
         position: Encoded :class:`~smlt_tune.runtime.position.Position`; sorts in training order.
         iterations: Iterations done by this invocation.
-        chunk: Training iterations since its last word that the two times below are medians of; 0
+        chunk: Training iterations since its last word that the two times below are means of; 0
             if there was none, or if they were disturbed (by a checkpoint, a start).
         iteration_s: Time per training iteration, synchronisation included.
         sync_s: Part of it that went into synchronisation.

@@ -1,4 +1,6 @@
-from smlt_tune.runtime.pace import CHUNK, Pace
+import pytest
+
+from smlt_tune.runtime.pace import Pace
 
 
 def chunk_of(iterations, *, batch_s=1.0):
@@ -37,8 +39,24 @@ def test_the_first_iteration_of_an_invocation_does_not_count():
     assert chunk_of([lambda *_: 50.0, None, None]) == (2, 1.0, 0.0)
 
 
-def test_times_are_medians_and_hold_what_is_waited():
-    assert chunk_of([None, waits, waits, lambda *_: 3.0]) == (3, 1.0, 0.25)
+def test_times_are_means_and_hold_what_is_waited():
+    assert chunk_of([None, waits, waits, lambda *_: 1.5]) == (3, 1.5, pytest.approx(0.5 / 3))
+
+
+def test_iterations_that_wait_for_the_next_period_of_the_cpu_count():
+    # Three go through, the fourth stands still: the median would be 1 s.
+    assert chunk_of([None, *3 * [None, None, None, lambda *_: 16.0]]) == (12, 5.0, 0.0)
+
+
+@pytest.mark.parametrize("where", [1, 4, 8])
+def test_one_that_something_has_disturbed_does_not_count(where):
+    happens = [None] * 9
+    happens[where] = lambda pace, _: pace.waited(20.0) or 20.0
+    assert chunk_of(happens) == (7, 1.0, 0.0)
+
+
+def test_an_only_one_counts_however_long_it_took():
+    assert chunk_of([None, lambda *_: 50.0]) == (1, 51.0, 0.0)
 
 
 def test_disturbed_and_smaller_iterations_do_not_count():
@@ -66,12 +84,20 @@ def test_what_lies_between_two_loops_belongs_to_no_iteration():
     assert pace.take_chunk() == (3, 1.0, 0.0)
 
 
-def test_a_chunk_is_told_once_and_bounded():
+def test_a_chunk_is_told_once():
     pace = Pace(0.0)
-    for i in range(3 * CHUNK):
+    for i in range(4):
         pace.trained(float(i), whole=True)
-    assert pace.take_chunk()[0] == CHUNK
-    assert pace.take_chunk()[0] == 0
+    assert pace.take_chunk() == (3, 1.0, 0.0)
+    assert pace.take_chunk() == (0, 0.0, 0.0)
+
+
+def test_what_was_forgotten_is_not_told():
+    pace = Pace(0.0)
+    for i in range(4):
+        pace.trained(float(i), whole=True)
+    pace.forget_chunk()
+    assert pace.take_chunk() == (0, 0.0, 0.0)
 
 
 def epoch(pace, start_s, *, whole=True):

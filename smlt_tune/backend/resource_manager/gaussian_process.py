@@ -63,7 +63,7 @@ KIND_SD, KIND_SCALES = 0.4, (3.0, 1.5, 3.0)
 FIELD_SD, FIELD_SCALES = 0.09, (1.5, 1.2)
 #: Standard deviation and length scales (ln n, ln m, ln P, ln F, ln B) of the field over models.
 CONTEXT_SD, CONTEXT_SCALES = 0.07, (1.5, 1.2, 1.5, 1.5, 1.5)
-#: Noise of one iteration and of any median, as standard deviations of ln t.
+#: Noise of one iteration and of any mean, as standard deviations of ln t.
 ITERATION_NOISE, NOISE_FLOOR = 0.05, 0.03
 #: Noise of a time of computation: where it ends and waiting begins differs from the model.
 COMPUTATION_NOISE = 0.1
@@ -101,7 +101,7 @@ class Measurements:
     Attributes:
         at: Where; p points.
         ln_s: ln t, shape (p,).
-        iterations: Of how many iterations each is the median, shape (p,).
+        iterations: Of how many iterations each is the mean, shape (p,).
         trials: Whose: equal numbers belong to one trial, 0 to the one that is asked about; shape
             (p,).
         models: Of what model: equal numbers mean the same features and training function, shape
@@ -328,5 +328,5 @@ class GaussianProcess:
 
 
 def noise_sd(iterations: Array) -> Array:
-    """Standard deviation of ln(median of some iterations), shape of the argument."""
+    """Standard deviation of ln(mean of some iterations), shape of the argument."""
     return np.asarray(np.sqrt(NOISE_FLOOR**2 + ITERATION_NOISE**2 / np.maximum(iterations, 1.0)))

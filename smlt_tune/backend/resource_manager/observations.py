@@ -60,7 +60,7 @@ class Profile:
         job_id: Whose; unique in the project.
         workload: What it computed.
         allocation: On what.
-        iterations: How many training iterations the times are the medians of.
+        iterations: How many training iterations the times are means of.
         iteration_s: Time per training iteration, synchronisation included, seconds.
         sync_s: Part of it that went into synchronisation, seconds.
         other_share: Time outside of training iterations (evaluation, checkpoints) over the time
