@@ -11,6 +11,7 @@ import contextlib
 import copy
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ import numpy as np
 import torch  # noqa: TID253 - imported only once torch is in use
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: TID253
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: TID253
+from torch.optim.optimizer import (  # noqa: TID253
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.overrides import TorchFunctionMode  # noqa: TID253
 from torch.utils import _python_dispatch as dispatch  # noqa: TID253
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: TID253
@@ -62,7 +67,8 @@ class IterationMeter(dispatch.TorchDispatchMode):  # type: ignore[no-untyped-cal
     Calls every operator as it is. A mistake of its own never reaches the caller.
 
     Attributes:
-        flops: Of all passes.
+        flops: Of all passes. What optimizers do besides (matrix products of Muon, say) is the same
+            for any number of samples, and does not count.
         activation_bytes: What was alive when a backward pass began, the largest of all passes;
             bytes.
         backward: Whether there was a backward pass.
@@ -79,11 +85,33 @@ class IterationMeter(dispatch.TorchDispatchMode):  # type: ignore[no-untyped-cal
         self.backward = self.failed = False
         self._within_backward = False
         self._batch_bytes = 0
+        self._steps = 0  # optimizers that are stepping
+        self._handles: list[Any] = []
         self._made: dict[int, tuple[Any, int]] = {}
         try:
             self._batch_bytes = _bytes(tensors_in(batch))
         except Exception:  # noqa: BLE001 - tensors without storage, objects of the user
             self.failed = True
+
+    def __enter__(self) -> Any:
+        thread = threading.get_ident()
+
+        def begins(*_: Any) -> None:
+            self._steps += threading.get_ident() == thread
+
+        def ends(*_: Any) -> None:
+            self._steps -= threading.get_ident() == thread
+
+        self._handles = [
+            register_optimizer_step_pre_hook(begins),
+            register_optimizer_step_post_hook(ends),
+        ]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,7 +133,8 @@ class IterationMeter(dispatch.TorchDispatchMode):  # type: ignore[no-untyped-cal
         self._within_backward = within
         operator = getattr(func, "overloadpacket", func)
         formula = flop_registry.get(operator) or _CPU_FORMULAS.get(operator)
-        if formula is not None:
+        # An optimizer may be given a closure with the passes; what is its own needs no gradients.
+        if formula is not None and (not self._steps or within or torch.is_grad_enabled()):
             self.flops += int(formula(*args, **kwargs, out_val=result))
         if not within and torch.is_grad_enabled():
             self._note_storages(args, kwargs, result)
@@ -138,7 +167,7 @@ class JobMeter(IterationMeter):  # type: ignore[no-untyped-call]
         return True
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)
         self.failed = self.failed or compiled_frames() != self._compiled
 
 

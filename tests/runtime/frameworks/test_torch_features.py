@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import random
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -333,6 +334,54 @@ class TestMeter:
                 y.backward(torch.ones_like(y))
             kept.append(meter.activation_bytes)
         assert kept[1] < kept[0] / 4
+
+    @pytest.mark.parametrize("kind", [torch.optim.Muon, torch.optim.SGD, torch.optim.LBFGS])
+    def test_what_an_optimizer_does_is_no_part_of_a_sample(self, kind):
+        model, x = nn.Linear(20, 10, bias=False), torch.ones(BATCH, 20)
+        optimizer, passes = kind(model.parameters(), lr=1e-9), []
+
+        def closure():
+            passes.append(1)
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            return loss
+
+        meter = IterationMeter(x)
+        with meter:
+            if kind is torch.optim.LBFGS:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        assert passes
+        assert meter.flops == len(passes) * 2 * 2 * BATCH * 20 * 10  # no gradient of x
+        before = meter.flops
+        optimizer.step(closure)  # nothing is noted any more
+        assert meter.flops == before
+
+    def test_an_optimizer_of_another_thread_hides_nothing(self):
+        optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+        begun, go_on = threading.Event(), threading.Event()
+
+        def steps():
+            def closure():
+                begun.set()
+                go_on.wait(30)
+                return 0.0
+
+            optimizer.step(closure)
+
+        meter = IterationMeter()
+        with meter:
+            other = threading.Thread(target=steps)
+            other.start()
+            assert begun.wait(30)
+            with torch.no_grad():
+                torch.eye(3) @ torch.eye(3)
+            go_on.set()
+            other.join(30)
+        assert meter.flops == 2 * 27
 
     @pytest.mark.parametrize("batch", [torch.eye(3).to_sparse(), {"x": [torch.eye(3).to_sparse()]}])
     def test_a_batch_of_an_unknown_kind_does_not_disturb(self, batch):
