@@ -1,12 +1,14 @@
-"""Asynchronous successive halving under one budget: equal treatment, and by chance of promotion.
+"""ASHA and Hyperband under one budget: equal treatment, and by chance of promotion.
 
 243 trials, eta = 3, rungs after 1, 3, 9 and 27 epochs, on the model of AWS Lambda of
 ``bench_simulated.py`` with 200 functions, in virtual time. A trial goes on from a rung if it is
-among the best third of those that were there before it (ASHA as Optuna's pruner does it), otherwise
-it is stopped; its place goes to a new one. *Equal* gives every trial the one allocation that is
-fastest among those that the budget is expected to pay for; *by chance* gives each what
-``sweeps/promotion.py`` chooses at every rung. Both see the same trials. The budget is enforced by
-the ledger, and is a multiple of what the cheapest allocation is expected to need.
+among the best third of those that were there before it (ASHA as Optuna's pruner does it),
+otherwise it is stopped; its place goes to a new one. Of Hyperband's brackets the boldest has these
+rungs, each of the others one fewer; trials are spread over them as Optuna does it. *Equal* gives
+every trial the one allocation that is fastest among those that the budget is expected to pay for;
+*by chance* gives each what ``sweeps/promotion.py`` chooses at every rung. Both see the same trials.
+The budget is enforced by the ledger, and is a multiple of what the cheapest allocation is expected
+to need.
 
     python benchmarks/bench_async.py
     SMLT_BENCH_QUICK=1 python benchmarks/bench_async.py
@@ -16,7 +18,10 @@ import os
 import random
 import statistics
 from bisect import insort
+from collections import Counter
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
@@ -33,12 +38,13 @@ from smlt_tune.backend.resource_manager.policy import PinnedOrDefault  # noqa: E
 from smlt_tune.backend.simulated_fleet import SimulatedFleet  # noqa: E402
 from smlt_tune.backend.sweeps.halving_rules import Schedule, geometric  # noqa: E402
 from smlt_tune.backend.sweeps.promotion import Promotions, best_option  # noqa: E402
+from smlt_tune.integrations.optuna.pruners import bracket_of  # noqa: E402
 
 TRIALS, ETA, RUNGS, FUNCTIONS = (27, 3, 3, 50) if common.QUICK else (243, 3, 4, 200)
 SEEDS = 2 if common.QUICK else 10
 MULTIPLES = (1.25,) if common.QUICK else (1.1, 1.25, 1.5, 2.0)
-SCHEDULE = Schedule("loss", maximize=False, rungs=geometric(1, ETA, RUNGS), factor=ETA)
-EPOCHS = SCHEDULE.rungs[-1]
+EPOCHS = ETA ** (RUNGS - 1)
+METHODS = ("equal", "by chance")
 
 
 class Curves:
@@ -63,21 +69,42 @@ def options(share):
     return workloads.options_of(MODEL, round(share * EPOCHS), STORES)
 
 
-def expected_usd(option_of):
-    """What a search is expected to cost if one in ETA goes on at each rung."""
-    return sum(TRIALS / ETA**k * option_of(k).cost_usd for k in range(RUNGS))
+class Pruner:
+    """Where trials are judged: in brackets, each with fewer rungs than the one before."""
+
+    def __init__(self, brackets):
+        self.brackets = [
+            Schedule("loss", maximize=False, rungs=geometric(ETA**b, ETA, RUNGS - b), factor=ETA)
+            for b in range(brackets)
+        ]
+        self.bracket_of = partial(bracket_of, "study", brackets, ETA)
+        numbers = Counter(self.bracket_of(trial) for trial in range(TRIALS))
+        # Of each segment: how many trials are expected to train it, and on what.
+        self.segments = [
+            (numbers[b] / ETA**k, options(schedule.share(k)))
+            for b, schedule in enumerate(self.brackets)
+            for k in range(len(schedule.rungs))
+        ]
+
+    def expected_usd(self, chosen):
+        """What a search is expected to cost with an option of each segment."""
+        return sum(number * chosen(options).cost_usd for number, options in self.segments)
+
+
+PRUNERS = {"ASHA": Pruner(1), "Hyperband": Pruner(RUNGS)}
 
 
 class Equal:
     """The fastest allocation for all that the budget is expected to pay for."""
 
-    def __init__(self, tables, budget_usd):
-        places = [one.allocation for one in tables[0]]
+    def __init__(self, pruner, budget_usd):
+        every = options(1.0)
         able = [
-            j for j in range(len(places)) if expected_usd(lambda k, j=j: tables[k][j]) <= budget_usd
+            j
+            for j in range(len(every))
+            if pruner.expected_usd(lambda options, j=j: options[j]) <= budget_usd
         ]
-        best = min(able, key=lambda j: sum(table[j].time_s for table in tables))
-        self._place = places[best]
+        self._place = every[min(able, key=lambda j: every[j].time_s)].allocation
 
     def begins(self, trial):
         return self._place
@@ -89,18 +116,19 @@ class Equal:
         pass
 
 
-class Asha:
+class Search:
     """One search.
 
     Args:
+        pruner: Where trials are judged.
         curves: Of the trials.
         seconds: Of an iteration, by workers and memory.
         method: Chooses allocations.
         budget_usd: Of the fleet.
     """
 
-    def __init__(self, curves, seconds, method, budget_usd):
-        self.curves, self.method = curves, method
+    def __init__(self, pruner, curves, seconds, method, budget_usd):
+        self.pruner, self.curves, self.method = pruner, curves, method
         self.seconds = seconds
         self.fleet = SimulatedFleet(
             SimulatedPlatform(replace(PLATFORM, concurrency=FUNCTIONS)),
@@ -109,7 +137,7 @@ class Asha:
             hang_timeout_s=600.0,
             tick_s=1.0,
         )
-        self.results = [[] for _ in range(RUNGS)]
+        self.results = [[[] for _ in schedule.rungs] for schedule in pruner.brackets]
         self.begun, self.running, self.finished = 0, {}, []
 
     def describe(self, trial):
@@ -152,17 +180,18 @@ class Asha:
             job = self.fleet.submit(
                 self.describe, trial, name=str(trial), lockstep=True, **vars(place)
             )
-            job.acknowledge(SCHEDULE.rungs[0] - 1)
+            job.acknowledge(self.pruner.brackets[self.pruner.bracket_of(trial)].rungs[0] - 1)
             self.running[trial] = place.workers
 
     def reported(self, trial, job, report):
-        count = report.index + 1
-        if count not in SCHEDULE.rungs:
+        count, bracket = report.index + 1, self.pruner.bracket_of(trial)
+        rungs = self.pruner.brackets[bracket].rungs
+        if count not in rungs:
             return
-        rung, loss = SCHEDULE.rungs.index(count), report.metrics["loss"]
-        results = self.results[rung]
+        rung, loss = rungs.index(count), report.metrics["loss"]
+        results = self.results[bracket][rung]
         insort(results, loss)
-        if rung == RUNGS - 1:
+        if count == rungs[-1]:
             self.finished.append((loss, self.fleet.now_s))
             self.method.goes_on(trial, rung, loss, report.cost_usd)
             job.acknowledge(count)
@@ -171,31 +200,34 @@ class Asha:
             if (place.workers, place.memory_mb) != (report.workers, report.memory_mb):
                 job.resize(**vars(place))
             self.running[trial] = place.workers
-            job.acknowledge(SCHEDULE.rungs[rung + 1] - 1)
+            job.acknowledge(rungs[rung + 1] - 1)
         else:
             self.method.ends(trial, rung, loss, report.cost_usd)
             job.stop("not among the best")
 
 
-def measure(multiple, seed, tables, seconds, least_usd):
+def measure(name, multiple, seed, seconds):
     """Both methods on the same trials, with the same budget."""
-    budget_usd = multiple * least_usd
-    methods = {
-        "equal": Equal(tables, budget_usd),
-        "by chance": Promotions(SCHEDULE, TRIALS, options, budget_usd),
-    }
+    pruner = PRUNERS[name]
+    budget_usd = multiple * pruner.expected_usd(lambda options: best_option(options, 0.0))
+    by_chance = Promotions(
+        pruner.brackets, TRIALS, options, budget_usd, bracket_of=pruner.bracket_of
+    )
+    methods = dict(zip(METHODS, (Equal(pruner, budget_usd), by_chance), strict=True))
     found = {
-        name: Asha(Curves(seed), seconds, method, budget_usd).run()
-        for name, method in methods.items()
+        method: Search(pruner, Curves(seed), seconds, chooses, budget_usd).run()
+        for method, chooses in methods.items()
     }
-    return {"multiple": multiple, "seed": seed, "budget_usd": budget_usd, "methods": found}
+    about = {"pruner": name, "multiple": multiple, "seed": seed, "budget_usd": budget_usd}
+    return about | {"methods": found}
 
 
 def summary(rows):
-    """Of each budget: medians over the seeds."""
+    """Of each pruner and budget: medians over the seeds."""
     found = []
-    for multiple in MULTIPLES:
-        here = [row["methods"] for row in rows if row["multiple"] == multiple]
+    for name, multiple in product(PRUNERS, MULTIPLES):
+        those = [r for r in rows if (r["pruner"], r["multiple"]) == (name, multiple)]
+        here = [row["methods"] for row in those]
 
         def ratio(what, here=here):
             values = [
@@ -212,22 +244,21 @@ def summary(rows):
         ]
         found.append(
             {
+                "pruner": name,
                 "multiple": multiple,
                 "time": ratio("time_s"),
                 "best_at": ratio("best_at_s"),
                 "cost": ratio("cost_usd"),
                 "loss_difference": {"median": statistics.median(better), "n": len(better)},
                 "used": {
-                    name: statistics.median(
-                        row["methods"][name]["cost_usd"] / row["budget_usd"]
-                        for row in rows
-                        if row["multiple"] == multiple
+                    method: statistics.median(
+                        row["methods"][method]["cost_usd"] / row["budget_usd"] for row in those
                     )
-                    for name in ("equal", "by chance")
+                    for method in METHODS
                 },
                 "finished": {
-                    name: statistics.median(each[name]["finished"] for each in here)
-                    for name in ("equal", "by chance")
+                    method: statistics.median(each[method]["finished"] for each in here)
+                    for method in METHODS
                 },
             }
         )
@@ -236,20 +267,17 @@ def summary(rows):
 
 def draw(rows, facts):
     """Time to the end and to the best trial, each search by itself."""
-    fig, axes = common.figure(1, 2, figsize=(9, 3.6), sharey=True)
-    for ax, (what, label) in zip(
-        axes,
-        {"time_s": "end of the search", "best_at_s": "end of its best trial"}.items(),
-        strict=True,
-    ):
-        for colour, name in zip(common.COLOURS, ("equal", "by chance"), strict=False):
+    fig, axes = common.figure(1, 4, figsize=(14, 3.6), sharey=True)
+    ends = {"time_s": "end of the search", "best_at_s": "end of its best trial"}
+    for ax, (pruner, what) in zip(axes, product(PRUNERS, ends), strict=True):
+        for colour, method in zip(common.COLOURS, METHODS, strict=False):
             points = [
-                (row["multiple"], row["methods"][name][what] / 3600)
+                (row["multiple"], row["methods"][method][what] / 3600)
                 for row in rows
-                if row["methods"][name][what]
+                if row["pruner"] == pruner and row["methods"][method][what]
             ]
-            ax.plot(*zip(*points, strict=True), "o", color=colour, label=name, alpha=0.5)
-        ax.set_title(label, loc="left")
+            ax.plot(*zip(*points, strict=True), "o", color=colour, label=method, alpha=0.5)
+        ax.set_title(f"{pruner}: {ends[what]}", loc="left")
         ax.set_xlabel("budget / that of the cheapest allocation")
         ax.set_yscale("log")
     axes[0].set_ylabel("hours")
@@ -259,24 +287,20 @@ def draw(rows, facts):
 
 def main():
     facts = common.machine()
-    tables = [options(SCHEDULE.share(k)) for k in range(RUNGS)]
-    places = [one.allocation for one in tables[0]]
+    places = [one.allocation for one in options(1.0)]
     epochs_s = workloads.epochs_s(MODEL, places, STORES).tolist()
     seconds = {
         (place.workers, place.memory_mb): s / ITERATIONS
         for place, s in zip(places, epochs_s, strict=True)
     }
-    least_usd = expected_usd(lambda k: best_option(tables[k], 0.0))
-    rows = [
-        measure(multiple, seed, tables, seconds, least_usd)
-        for multiple in MULTIPLES
-        for seed in range(SEEDS)
-    ]
+    todo = product(PRUNERS, MULTIPLES, range(SEEDS))
+    rows = [measure(*each, seconds) for each in todo]
     found = summary(rows)
     common.table(
-        ("budget", "time", "best at", "cost", "loss difference", "used", "finished"),
+        ("pruner", "budget", "time", "best at", "cost", "loss difference", "used", "finished"),
         [
             (
+                each["pruner"],
                 f"{each['multiple']} x",
                 f"{each['time']['median']:.2f} (worst {each['time']['worst']:.2f})",
                 f"{each['best_at']['median']:.2f} (worst {each['best_at']['worst']:.2f})",

@@ -2,14 +2,14 @@ r"""What the trials of an asynchronous search (ASHA, Hyperband) run on, under on
 
 Trials come to a rung one by one, and the best go on at once: there are no stages to plan. What
 money buys here is time on the way of the trial that wins in the end, and nobody knows yet which one
-that is. So a trial's time counts as much as its chance of getting there.
+that is. So a trial's time counts as much as its chance of being that one.
 
 | symbol | meaning |
 |---|---|
 | f, K | one in f goes on at each of K rungs; segment k ends at rung k = 0, ..., K - 1 |
 | t_k(j), c_k(j) | time and cost of segment k with option j, s and USD |
 | p | chance of a trial to go on at its next rung |
-| w | chance of a trial to get past all rungs: p f^(k + 2 - K) in segment k < K - 1, then 1 |
+| w | chance of a trial to win over that of a new one: p f^(k + 1) in segment k < K - 1, then f^k |
 | n_k | trials that have still to begin segment k: N f^-k less those that have begun it |
 | mu | price of time, USD per second |
 
@@ -21,6 +21,9 @@ is fast. What is expected is corrected by what the segments so far have cost.
 All trials share the platform's functions, and one that takes more than its share makes others wait:
 so no option has more workers than there are functions for each of the trials that run at once. When
 fewer run in the end, the survivors may have more.
+
+Hyperband has several *brackets* of trials with rungs of their own, from bold to cautious ones. New
+trials are equally likely to win in all of them, and all segments of all brackets have one mu.
 
 A trial that is new has p = 1 / f. One that was at the quantile u (0 is the best) of a rung of which
 f^-1 have gone on has
@@ -34,7 +37,8 @@ average one in f of those that went on goes on again.
 import math
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -137,40 +141,91 @@ class _Segment:
     before_usd: float
 
 
+class _Bracket:
+    """Trials that are judged at the same rungs.
+
+    Attributes:
+        schedule: The rungs.
+        last: Number of the last segment.
+        to_come: How many trials have still to begin each segment.
+    """
+
+    def __init__(self, schedule: Schedule, trials: int, options: OptionsOf) -> None:
+        self.schedule, self.last = schedule, len(schedule.rungs) - 1
+        self.to_come = [trials / float(schedule.factor) ** k for k in range(self.last + 1)]
+        self._options = [list(options(schedule.share(k))) for k in range(self.last + 1)]
+        self._hulls: dict[int | None, list[list[Option]]] = {}
+        self._results: list[list[float]] = [[] for _ in schedule.rungs]
+
+    def quantile(self, rung: int, value: float) -> float:
+        """The u of a trial that has come to a rung, among all that have so far."""
+        results, value = self._results[rung], -value if self.schedule.maximize else value
+        insort(results, value)
+        return (bisect_left(results, value) + 0.5) / len(results)
+
+    def weight(self, k: int, p: float) -> float:
+        """The w of a trial in segment k that goes on at its end with the chance p."""
+        factor = float(self.schedule.factor)
+        return p * factor ** (k + 1) if k < self.last else factor**k
+
+    def hulls(self, most: int | None) -> list[list[Option]]:
+        """The options of each segment that have at most so many workers."""
+        if most not in self._hulls:
+            self._hulls[most] = [
+                lower_hull(
+                    [one for one in every if most is None or one.allocation.workers <= most]
+                    or every
+                )
+                for every in self._options
+            ]
+        return self._hulls[most]
+
+    def segments(self, most: int | None) -> list[tuple[float, float, list[Option]]]:
+        """Of each: trials to come, their w, their options."""
+        usual = 1.0 / self.schedule.factor
+        return [
+            (number, self.weight(k, usual), options)
+            for k, (number, options) in enumerate(zip(self.to_come, self.hulls(most), strict=True))
+        ]
+
+
 class Promotions:
     """Chooses allocations in one asynchronous search. May be used from several threads.
 
     Args:
-        schedule: Rungs at which trials are judged.
+        brackets: Rungs at which the trials of each bracket are judged; ASHA has one.
         trials: How many will begin.
         options: What a trial takes for a share of its training.
         budget_usd: For all of them, USD.
+        bracket_of: To which bracket a trial belongs, by number.
         functions: How many there are for all of them; None for any number.
         parallel: How many run at once.
     """
 
     def __init__(
         self,
-        schedule: Schedule,
+        brackets: Sequence[Schedule],
         trials: int,
         options: OptionsOf,
         budget_usd: float,
         *,
+        bracket_of: Callable[[int], int] = lambda trial: 0,
         functions: int | None = None,
         parallel: int = 1,
     ) -> None:
-        self._factor, self._maximize = schedule.factor, schedule.maximize
-        self._last = len(schedule.rungs) - 1
-        self._options = [list(options(schedule.share(k))) for k in range(self._last + 1)]
-        self._hulls: dict[int | None, list[list[Option]]] = {}
+        numbers = Counter(bracket_of(trial) for trial in range(trials))
+        self._brackets = [_Bracket(one, numbers[i], options) for i, one in enumerate(brackets)]
+        self._bracket_of = bracket_of
         self._functions, self._parallel = functions, parallel
-        self._to_come = [trials / schedule.factor**k for k in range(self._last + 1)]
-        self._results: list[list[float]] = [[] for _ in schedule.rungs]
         self._budget_usd = budget_usd
         self._running: dict[int, _Segment] = {}
         # Of the segments that are over: what they were expected to cost, and did.
         self._expected_usd = self._measured_usd = 0.0
         self._lock = threading.Lock()
+
+    def schedule_of(self, trial: int) -> Schedule:
+        """Where a trial is judged."""
+        return self._of(trial).schedule
 
     def begins(self, trial: int) -> Allocation:
         """What a new trial runs on.
@@ -179,7 +234,7 @@ class Promotions:
             trial: Its number.
         """
         with self._lock:
-            return self._choose(trial, 0, 1.0 / self._factor, 0.0)
+            return self._choose(trial, 0, 1.0 / self.schedule_of(trial).factor, 0.0)
 
     def goes_on(self, trial: int, rung: int, value: float, cost_usd: float) -> Allocation | None:
         """What a trial runs on after a rung; None if it was the last one.
@@ -192,9 +247,10 @@ class Promotions:
         """
         with self._lock:
             u = self._came_to(trial, rung, value, cost_usd)
-            if rung == self._last:
+            if rung == self._of(trial).last:
                 return None
-            return self._choose(trial, rung + 1, chance(u, self._factor), cost_usd)
+            p = chance(u, self.schedule_of(trial).factor)
+            return self._choose(trial, rung + 1, p, cost_usd)
 
     def ends(self, trial: int, rung: int, value: float, cost_usd: float) -> None:
         """A trial does not go on after a rung; the arguments are those of :meth:`goes_on`."""
@@ -206,47 +262,33 @@ class Promotions:
         segment = self._running.pop(trial)
         self._expected_usd += segment.expected_usd
         self._measured_usd += cost_usd - segment.before_usd
-        results = self._results[rung]
-        insort(results, -value if self._maximize else value)
-        return (bisect_left(results, -value if self._maximize else value) + 0.5) / len(results)
+        return self._of(trial).quantile(rung, value)
+
+    def _of(self, trial: int) -> _Bracket:
+        return self._brackets[self._bracket_of(trial)]
 
     def _choose(self, trial: int, k: int, p: float, cost_usd: float) -> Allocation:
         """An allocation for segment k of a trial that goes on at its end with the chance p."""
+        bracket = self._of(trial)
         dearer = self._measured_usd / self._expected_usd if self._expected_usd else 1.0
         running = sum(segment.expected_usd for segment in self._running.values())
-        hulls = self._within_share(k)
+        most = self._share_of_functions(k)
         left_usd = (self._budget_usd - self._measured_usd) / dearer - running
-        to_come = [
-            (number, self._weight(i, 1.0 / self._factor), options)
-            for i, (number, options) in enumerate(zip(self._to_come, hulls, strict=True))
-        ]
-        price = price_of_time(to_come, left_usd)
-        chosen = best_option(hulls[k], price * self._weight(k, p))
-        self._to_come[k] = max(0.0, self._to_come[k] - 1.0)
+        price = price_of_time([s for b in self._brackets for s in b.segments(most)], left_usd)
+        chosen = best_option(bracket.hulls(most)[k], price * bracket.weight(k, p))
+        bracket.to_come[k] = max(0.0, bracket.to_come[k] - 1.0)
         self._running[trial] = _Segment(chosen.cost_usd, cost_usd)
         return chosen.allocation
 
-    def _within_share(self, k: int) -> list[list[Option]]:
-        """The options of each segment that leave the other trials their functions.
+    def _share_of_functions(self, k: int) -> int | None:
+        """How many workers leave the other trials their functions; None for any number.
 
         Args:
-            k: The segment that the trial is about to begin.
+            k: The segment that a trial is about to begin.
         """
-        most = None
-        if self._functions is not None:
-            beginning = math.ceil(self._to_come[0]) + (k > 0)  # this one is among them, if k is 0
-            at_once = min(self._parallel, len(self._running) + beginning)
-            most = max(1, self._functions // max(1, at_once))
-        if most not in self._hulls:
-            self._hulls[most] = [
-                lower_hull(
-                    [one for one in every if most is None or one.allocation.workers <= most]
-                    or every
-                )
-                for every in self._options
-            ]
-        return self._hulls[most]
-
-    def _weight(self, k: int, p: float) -> float:
-        """The w of a trial in segment k that goes on at its end with the chance p."""
-        return p * self._factor ** (k + 1.0 - self._last) if k < self._last else 1.0
+        if self._functions is None:
+            return None
+        beginning = math.ceil(sum(b.to_come[0] for b in self._brackets))
+        beginning += k > 0  # else this one is among them
+        at_once = min(self._parallel, len(self._running) + beginning)
+        return max(1, self._functions // max(1, at_once))

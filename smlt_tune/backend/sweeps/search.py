@@ -16,11 +16,11 @@ Pruners are those of Optuna:
 - ``median``: ends what is worse than the median of the others. ``startup``, ``warmup``,
   ``interval``.
 - ``percentile``: ends what is not among the best ``percentile`` percent; else as ``median``.
-- ``asha``: asynchronous successive halving. ``min_reports``, ``factor``, ``early_stopping_rate``.
-  With a budget and ``max_reports``, the reports of a whole training, trials that will probably be
-  promoted get what is fast and the others what is cheap.
+- ``asha``: asynchronous successive halving. ``min_reports``, ``factor``, ``early_stopping_rate``,
+  ``max_reports``.
 - ``hyperband``: several of these, from bold to cautious. ``min_reports``, ``max_reports``,
-  ``factor``.
+  ``factor``. Of both with a budget and ``max_reports``, the reports of a whole training, trials
+  that will probably be promoted get what is fast and the others what is cheap.
 - ``patient``: ends what was worse for ``patience`` reports than before. ``min_delta``.
 - ``threshold``: ends what leaves ``lower`` to ``upper``. ``warmup``, ``interval``.
 - ``none``.

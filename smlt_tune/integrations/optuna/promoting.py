@@ -1,7 +1,11 @@
-"""What trials of ASHA run on under one budget; see :mod:`smlt_tune.backend.sweeps.promotion`."""
+"""What trials of ASHA and Hyperband run on under one budget.
+
+See :mod:`smlt_tune.backend.sweeps.promotion`.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from smlt_tune.backend.resource_manager.observations import Allocation
@@ -10,6 +14,7 @@ from smlt_tune.backend.sweeps.halving_rules import Schedule
 from smlt_tune.backend.sweeps.predicted import options_of
 from smlt_tune.backend.sweeps.promotion import Promotions
 from smlt_tune.backend.sweeps.sweep import Sweep
+from smlt_tune.integrations.optuna.pruners import FACTOR, bracket_of, rungs
 
 if TYPE_CHECKING:
     from smlt_tune.backend.fleet import Fleet
@@ -20,12 +25,11 @@ class Promoting:
     """Moves trials to other allocations when they go on after a rung.
 
     Args:
-        promotions: Chooses.
-        schedule: Its rungs are those of the pruner, and the end of the training.
+        promotions: Chooses; its rungs are those of the pruner, and the end of the training.
     """
 
-    def __init__(self, promotions: Promotions, schedule: Schedule) -> None:
-        self._promotions, self._schedule = promotions, schedule
+    def __init__(self, promotions: Promotions) -> None:
+        self._promotions = promotions
 
     def restore(self, row: Row) -> None:
         """A trial was over before this client began."""
@@ -40,7 +44,8 @@ class Promoting:
 
     def judged(self, trial: int, job: "Job", report: "Report", pruned: bool) -> None:
         """The pruner has judged a report."""
-        value, count = report.metrics.get(self._schedule.metric), report.index + 1
+        metric = self._promotions.schedule_of(trial).metric
+        value, count = report.metrics.get(metric), report.index + 1
         place = self._came_to(trial, count, value, report.cost_usd, ends=pruned)
         if place is None or count < len(job.reported):  # it was told to an earlier client
             return
@@ -51,12 +56,13 @@ class Promoting:
     def _came_to(
         self, trial: int, count: int, value: object, cost_usd: float, *, ends: bool
     ) -> Allocation | None:
-        if count not in self._schedule.rungs:
+        schedule = self._promotions.schedule_of(trial)
+        if count not in schedule.rungs:
             return None
-        rung = self._schedule.rungs.index(count)
+        rung = schedule.rungs.index(count)
         number = float(value) if isinstance(value, int | float) else math.nan
         if not math.isfinite(number):
-            number = -math.inf if self._schedule.maximize else math.inf
+            number = -math.inf if schedule.maximize else math.inf
         if ends:
             self._promotions.ends(trial, rung, number, cost_usd)
             return None
@@ -64,31 +70,24 @@ class Promoting:
 
 
 def promoting(sweep: Sweep, fleet: "Fleet", say: Callable[[str], None]) -> Promoting | None:
-    """For a sweep with ASHA whose budget is to be divided; None for any other."""
-    options = sweep.pruner.options
-    known = sweep.pruner.name == "asha" and "max_reports" in options
-    if not known or sweep.budget_usd is None or options.get("early_stopping_rate"):
+    """For a sweep with ASHA or Hyperband whose budget is to be divided; None for any other."""
+    if sweep.budget_usd is None or sweep.pruner.name not in ("asha", "hyperband"):
+        return None
+    if "max_reports" not in sweep.pruner.options:
+        say("without max_reports the pruner's rungs are not known: survivors get what others get")
         return None
     predicted = options_of(sweep, fleet, say)
     if predicted is None:
         return None
-    factor = options.get("factor", 4)
-    rungs = _rungs(options.get("min_reports", 1), factor, options["max_reports"])
-    schedule = Schedule(sweep.metric, sweep.maximize, tuple(rungs), factor)
+    found = rungs(sweep.pruner)
+    factor = sweep.pruner.options.get("factor", FACTOR[sweep.pruner.name])
     promotions = Promotions(
-        schedule,
+        [Schedule(sweep.metric, sweep.maximize, each, factor) for each in found],
         sweep.trials,
         predicted,
         sweep.budget_usd,
+        bracket_of=partial(bracket_of, sweep.name, len(found), factor),
         functions=fleet.platform.limits.functions,
         parallel=sweep.parallel,
     )
-    return Promoting(promotions, schedule)
-
-
-def _rungs(first: int, factor: int, end: int) -> Sequence[int]:
-    rungs = []
-    while first < end:
-        rungs.append(first)
-        first *= factor
-    return [*rungs, end]
+    return Promoting(promotions)

@@ -1,8 +1,12 @@
 """Pruners of Optuna, as a sweep file names them."""
 
+import binascii
+import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import accumulate, count, takewhile
 
 import optuna
 
@@ -48,6 +52,40 @@ _PRUNERS: dict[str, tuple[Callable[..., optuna.pruners.BasePruner], Mapping[str,
         },
     ),
 }
+
+
+#: One in so many goes on, if the file does not say: as Optuna has it.
+FACTOR = {"asha": 4, "hyperband": 3}
+
+
+def rungs(choice: Choice) -> list[tuple[int, ...]]:
+    """At which reports ASHA or Hyperband judges the trials of each bracket; last, the end.
+
+    Args:
+        choice: One of these, with ``max_reports``.
+    """
+    options, end = choice.options, choice.options["max_reports"]
+    factor, fewest = options.get("factor", FACTOR[choice.name]), options.get("min_reports", 1)
+    rates = [options.get("early_stopping_rate", 0)]
+    if choice.name == "hyperband":  # the number of brackets, as Optuna computes it
+        rates = list(range(math.floor(math.log(end / fewest, factor)) + 1))
+    return [
+        (*takewhile(end.__gt__, (fewest * factor**k for k in count(rate))), end) for rate in rates
+    ]
+
+
+def bracket_of(study: str, brackets: int, factor: int, trial: int) -> int:
+    """The bracket into which Optuna's Hyperband puts a trial: by chance, the bold ones more often.
+
+    Args:
+        study: Its name.
+        brackets: How many there are.
+        factor: One in so many goes on.
+        trial: Its number.
+    """
+    shares = [math.ceil(brackets * factor**s / (s + 1)) for s in reversed(range(brackets))]
+    number = binascii.crc32(f"{study}_{trial}".encode()) % sum(shares)
+    return bisect_right(list(accumulate(shares)), number)
 
 
 def pruner(choice: Choice) -> optuna.pruners.BasePruner:

@@ -24,7 +24,7 @@ def options(share):
 
 
 def promotions(budget_usd, trials=27):
-    return Promotions(SCHEDULE, trials, options, budget_usd)
+    return Promotions([SCHEDULE], trials, options, budget_usd)
 
 
 #: What 27 trials cost at least, of which 9 and then 3 go on.
@@ -101,8 +101,30 @@ def test_without_money_everything_is_as_cheap_as_it_can_be():
     assert chosen.goes_on(3, 0, 0.0, 0.01).workers == 1
 
 
+def test_brackets_share_the_budget_and_survivors_of_bold_ones_are_the_likeliest_to_win():
+    rungs = [(1, 3, 9), (3, 9), (9,)]
+    brackets = [Schedule("loss", maximize=False, rungs=each, factor=3) for each in rungs]
+    # Of 18 + 6 + 3 trials as many as that come to each end: 2, 2 and 3.
+    least_usd = 0.01 * (18 * 1 + 6 * 2 + 2 * 6 + 6 * 3 + 2 * 6 + 3 * 9) / 9
+    bracket_of = [*[0] * 18, *[1] * 6, *[2] * 3].__getitem__
+    chosen = Promotions(brackets, 27, options, 1.3 * least_usd, bracket_of=bracket_of)
+    first = [chosen.begins(trial).workers for trial in range(27)]
+    # New ones are equally likely to win, so that a second of theirs is worth the same everywhere.
+    assert max(first) - min(first) <= 1
+    assert chosen.schedule_of(20).rungs == (3, 9)
+    for trial in (*range(6, 18), *range(20, 24)):
+        chosen.ends(trial, 0, 100.0 + trial, 0.0)
+    bold = chosen.goes_on(0, 0, 0.0, 0.01 / 9)
+    bolder = chosen.goes_on(0, 1, 0.0, 0.01 / 3)
+    cautious = chosen.goes_on(18, 0, 0.0, 0.01 / 3)
+    assert bolder.workers >= bold.workers >= cautious.workers > max(first)
+    assert chosen.goes_on(24, 0, 0.0, 0.01) is None
+    poor = Promotions(brackets, 27, options, 0.9 * least_usd, bracket_of=bracket_of)
+    assert {poor.begins(trial).workers for trial in range(27)} == {1}
+
+
 def test_no_trial_takes_functions_that_others_wait_for():
-    rich = Promotions(SCHEDULE, 9, options, 100.0, functions=16, parallel=4)
+    rich = Promotions([SCHEDULE], 9, options, 100.0, functions=16, parallel=4)
     for trial in range(9):
         assert rich.begins(trial).workers == 4
         if trial < 6:

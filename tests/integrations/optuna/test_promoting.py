@@ -1,7 +1,9 @@
-"""Trials of ASHA under a budget: those that go on are moved to what the promotions choose."""
+"""Trials of ASHA and Hyperband under a budget: who goes on moves to what the promotions choose."""
 
+import math
 from types import SimpleNamespace
 
+import optuna
 import pytest
 
 from smlt_tune.backend.resource_manager.observations import Allocation, Option
@@ -9,9 +11,11 @@ from smlt_tune.backend.sweeps import target
 from smlt_tune.backend.sweeps.board import Board
 from smlt_tune.backend.sweeps.halving_rules import Schedule
 from smlt_tune.backend.sweeps.promotion import Promotions
+from smlt_tune.backend.sweeps.search import Choice
 from smlt_tune.backend.sweeps.sweep import load
 from smlt_tune.integrations.optuna import promoting as promoting_module
 from smlt_tune.integrations.optuna.promoting import Promoting, promoting
+from smlt_tune.integrations.optuna.pruners import bracket_of, pruner, rungs
 from smlt_tune.integrations.optuna.sweeps import run_sweep
 from tests.integrations.optuna.fake_fleet import FakeFleet, FakeJob
 
@@ -64,8 +68,10 @@ def moved(monkeypatch):
         ("pruner: {name: asha, max_reports: 4}\nbudget_usd: 1\n", True),
         ("pruner: {name: asha, max_reports: 4}\n", False),
         ("pruner: asha\nbudget_usd: 1\n", False),
-        ("pruner: {name: asha, max_reports: 4, early_stopping_rate: 1}\nbudget_usd: 1\n", False),
-        ("pruner: {name: hyperband, max_reports: 4}\nbudget_usd: 1\n", False),
+        ("pruner: {name: asha, max_reports: 4, early_stopping_rate: 1}\nbudget_usd: 1\n", True),
+        ("pruner: {name: hyperband, max_reports: 9}\nbudget_usd: 1\n", True),
+        ("pruner: {name: hyperband, max_reports: 9}\n", False),
+        ("pruner: {name: percentile, percentile: 25}\nbudget_usd: 1\n", False),
     ],
 )
 def test_a_budget_is_divided_where_the_rungs_are_known(sweep, tmp_path, monkeypatch, text, divided):
@@ -76,6 +82,52 @@ def test_a_budget_is_divided_where_the_rungs_are_known(sweep, tmp_path, monkeypa
     assert promoting(sweep(text), fleet, print) is None
 
 
+def test_a_budget_that_is_not_divided_for_want_of_max_reports_is_said(sweep, tmp_path):
+    said = []
+    fleet = FakeFleet(tmp_path / "fleet")
+    assert promoting(sweep("pruner: asha\nbudget_usd: 1\n"), fleet, said.append) is None
+    assert "max_reports" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (Choice("asha", {"max_reports": 20}), [(1, 4, 16, 20)]),
+        (Choice("asha", {"max_reports": 16, "min_reports": 2, "factor": 2}), [(2, 4, 8, 16)]),
+        (Choice("asha", {"max_reports": 9, "early_stopping_rate": 1}), [(4, 9)]),
+        (Choice("asha", {"max_reports": 1}), [(1,)]),
+        (Choice("hyperband", {"max_reports": 9}), [(1, 3, 9), (3, 9), (9,)]),
+        (
+            Choice("hyperband", {"max_reports": 20, "min_reports": 2}),
+            [(2, 6, 18, 20), (6, 18, 20), (18, 20)],
+        ),
+        (Choice("hyperband", {"max_reports": 4, "factor": 2}), [(1, 2, 4), (2, 4), (4,)]),
+    ],
+)
+def test_rungs_are_those_of_the_pruner(choice, expected):
+    assert rungs(choice) == expected
+
+
+@pytest.mark.parametrize(("factor", "most"), [(2, 4), (3, 9), (3, 80), (4, 100)])
+def test_trials_are_in_the_bracket_in_which_optuna_judges_them(factor, most):
+    choice = Choice("hyperband", {"factor": factor, "max_reports": most, "min_reports": 1})
+    study = optuna.create_study(study_name="name of it", pruner=pruner(choice))
+    brackets = len(rungs(choice))
+    judged = {}
+    for number in range(200):
+        trial = study.ask()
+        for step in (factor**k for k in range(brackets)):
+            # It is judged first at the first rung of its bracket: that leaves a trace.
+            trial.report(float(number), step)
+            trial.should_prune()
+            if study.get_trials(deepcopy=False)[number].system_attrs:
+                judged[number] = round(math.log(step, factor))
+                break
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    assert judged == {n: bracket_of("name of it", brackets, factor, n) for n in range(200)}
+    assert set(judged.values()) == set(range(brackets))
+
+
 @pytest.mark.parametrize(("parallel", "place"), [(2, FAST), (3, CHEAP)])
 def test_trials_share_the_functions(sweep, tmp_path, monkeypatch, parallel, place):
     monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: options)
@@ -83,9 +135,13 @@ def test_trials_share_the_functions(sweep, tmp_path, monkeypatch, parallel, plac
     assert promoting(made, FakeFleet(tmp_path / "fleet"), print).begins(0) == place
 
 
-def test_survivors_are_moved_once_and_those_that_end_are_not(sweep, tmp_path, monkeypatch, moved):
+@pytest.mark.parametrize("name", ["asha", "hyperband"])
+def test_survivors_are_moved_once_and_those_that_end_are_not(
+    sweep, tmp_path, monkeypatch, moved, name
+):
     monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: options)
-    made = sweep("pruner: {name: asha, factor: 2, max_reports: 4}\nbudget_usd: 0.38\nparallel: 1\n")
+    text = f"pruner: {{name: {name}, factor: 2, max_reports: 4}}\nbudget_usd: 0.38\nparallel: 1\n"
+    made = sweep(text)
     fleet = FakeFleet(tmp_path / "fleet")
     board = Board(made, fleet)
     run_sweep(made, fleet, board)
@@ -104,8 +160,9 @@ def test_what_was_judged_for_an_earlier_client_moves_nobody_but_counts():
         begins=lambda trial: CHEAP,
         goes_on=lambda *told: asked.append(("goes on", *told)) or FAST,
         ends=lambda *told: asked.append(("ends", *told)),
+        schedule_of=lambda trial: SCHEDULE,
     )
-    places = Promoting(promotions, SCHEDULE)
+    places = Promoting(promotions)
     resized = []
     job = SimpleNamespace(reported=[1, 2], allocation=CHEAP, resize=lambda **to: resized.append(to))
 
@@ -126,7 +183,7 @@ def test_what_was_judged_for_an_earlier_client_moves_nobody_but_counts():
 
 
 def test_the_promotions_of_a_restored_sweep_know_what_was_spent():
-    places = Promoting(Promotions(SCHEDULE, 4, options, 0.3), SCHEDULE)
+    places = Promoting(Promotions([SCHEDULE], 4, options, 0.3))
     points = [SimpleNamespace(value=0.3, cost_usd=0.29)]
     places.restore(SimpleNamespace(trial=0, state="pruned", points=points))
     assert places.begins(1) == CHEAP  # next to nothing is left
