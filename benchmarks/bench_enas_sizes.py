@@ -270,6 +270,9 @@ def run(cloud, folder, quick):
     """The grid, and the two searches."""
     sizes = (QUICK_WORKERS, QUICK_MEMORY_MB) if quick else (WORKERS, MEMORY_MB)
     images = QUICK_IMAGES if quick else IMAGES
+    there = len(load_images(images, JUDGES)[0][0])
+    if there < images:
+        raise SystemExit(f"only {there} of {images} images: apt-get install dataset-fashion-mnist")
     samples = architectures(QUICK_CANDIDATES if quick else CANDIDATES)
     wholes = grid(cloud, folder, samples[0], images, sizes)
     deadline_s = TIGHT * min(seconds for seconds, _ in wholes.values())
