@@ -95,13 +95,9 @@ class Knowledge:
 
     def models(self, workloads: Iterable[Workload]) -> Array:
         """A number for each, the same for equal models of one function; 0 for that of this job."""
-        numbers = {(self.workload.function, self.workload.features): 0}
-        return np.array(
-            [
-                float(numbers.setdefault((work.function, work.features), len(numbers)))
-                for work in workloads
-            ]
-        )
+        numbers = {_model_of(self.workload): 0}
+        every = [numbers.setdefault(_model_of(work), len(numbers)) for work in workloads]
+        return np.array(every, dtype=np.float64)
 
     def process(self, *, residual: bool) -> "GaussianProcess":
         """The posterior of the time per iteration."""
@@ -217,6 +213,16 @@ class Knowledge:
         """Profiles of the same training function, the nearest first."""
         function = self.workload.function
         return [p for p in self.near if p.workload.function == function]
+
+
+def _model_of(workload: Workload) -> tuple[str, int, int, str]:
+    """What makes two models equal.
+
+    Not their activations, in which something is counted that does not grow with the batch (of 4
+    samples of a worker another share than of 32), nor the last digits of an average over samples.
+    """
+    of = workload.features
+    return workload.function, of.parameters, of.gradient_bytes, f"{of.flops_per_sample:.3g}"
 
 
 def _typical(values: Iterable[float | None], most: int) -> float:

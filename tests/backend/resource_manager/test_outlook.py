@@ -18,17 +18,21 @@ LIMITS = PlatformLimits(128, 1769, 900.0, concurrency=8)
 FEW, MANY = Allocation(1, 1769), Allocation(4, 1769)
 
 
+def knowledge(facts):
+    stores = {"default": StoreTable(1e-3, 1e9)}
+    return Knowledge(TABLE, stores, load_prices(), IterationTime(TABLE), [], facts)
+
+
 def outlook(goal, few, many, elapsed_s=0.0):
     """Of a job on MANY with 100 iterations left; what takes how long, and how sure that is."""
     work = Workload(ModelFeatures(10, 40, 1.0, 1.0), batch=8, iterations=200)
     facts = JobFacts(
         "a", LIMITS, goal, workload=work, allocation=MANY, iterations_left=100, elapsed_s=elapsed_s
     )
-    stores = {"default": StoreTable(1e-3, 1e9)}
-    known = Knowledge(TABLE, stores, load_prices(), IterationTime(TABLE), [], facts)
+    known = knowledge(facts)
     (few_s, few_sd), (many_s, many_sd) = few, many
     expected = np.array([np.log([few_s, many_s]), [few_sd, many_sd], [1.0, 1.0]])
-    return Outlook(known, Grid.of([FEW, MANY], list(stores)), expected, MANY)
+    return Outlook(known, Grid.of([FEW, MANY], list(known.stores)), expected, MANY)
 
 
 def chosen(*args):
@@ -64,3 +68,14 @@ def test_late_in_a_job_less_is_dared():
 def test_what_nobody_is_sure_of_does_not_speak_for_the_slower_one():
     budget = Fastest(1.3 * 100 * 1769 / 1024 * 1.66667e-5)
     assert chosen(budget, (1.0, 0.5), (0.27, 0.5)) == MANY
+
+
+def test_equal_models_are_known_whatever_part_of_the_batch_a_worker_had():
+    def work(parameters=10, flops=300.0, kept=100.0, function="f"):
+        return Workload(ModelFeatures(parameters, 40, flops, kept), 8, function=function)
+
+    known = knowledge(JobFacts("a", LIMITS, workload=work()))
+    alike = [work(kept=100.25), work(kept=112.0), work(flops=300.0001)]
+    assert known.models(alike).tolist() == [0, 0, 0]
+    others = [work(11), work(flops=330.0), work(function="g"), work(11, kept=101.0)]
+    assert known.models(others).tolist() == [1, 2, 3, 1]
