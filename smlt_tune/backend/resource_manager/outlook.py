@@ -39,8 +39,10 @@ Array = NDArray[np.float64]
 
 #: The goal's limit has a price: so many per cent of what the goal minimises for each per cent by
 #: which the limit is expected to be exceeded, luck and ill luck weighed. At first little: that may
-#: still be won back; more and more, the more of the limit is used.
+#: still be won back; more and more, the more of the limit is used once a move could take effect.
 EXCESS_WEIGHTS = 2.5, 20.0
+#: For how long a new pace is looked at before the job moves again, in seconds.
+LOOK_S = 1.5
 #: The limit is at risk where a job is expected to use more than this share of what is left of it.
 RISK_SHARE = 0.99
 #: The same at the beginning of a job is more by this, if there is an allocation that would keep the
@@ -409,14 +411,20 @@ class Outlook:
     def _price(self) -> Array:
         """What the goal minimises, with what its limit and another move may cost; logarithm."""
         first, last = EXCESS_WEIGHTS
-        weight = first + (last - first) * self._used_share()
+        weight = first + (last - first) * self._used_before_a_move()
         return self._objective() + self._another_move() + weight * self._excess()
 
-    def _used_share(self) -> float:
-        """Of the goal's limit; 0 without one."""
-        left, facts = self._limit(), self._facts
-        used = facts.elapsed_s if isinstance(self._goal, Cheapest) else facts.spent_usd
-        return 0.0 if left is None else min(1.0, used / max(used + left, 1e-18))
+    def _used_before_a_move(self) -> Array:
+        """Share of the goal's limit that is used when a move takes effect; 0 without a limit."""
+        left, terms = self._limit(), self._terms
+        if left is None:
+            return np.zeros(len(self.workers))
+        meanwhile = np.full(len(self.workers), terms.start_s + LOOK_S + terms.hold_up_s)
+        used = self._facts.elapsed_s
+        if isinstance(self._goal, Fastest):
+            meanwhile *= self.workers * self.memory_mb / 1024.0 * terms.gb_second_usd
+            used = self._facts.spent_usd
+        return np.asarray(np.minimum(1.0, (used + meanwhile) / max(used + left, 1e-18)))
 
     def _excess(self) -> Array:
         """By how much the limit is expected to be exceeded: E max(0, ln(use / limit)).

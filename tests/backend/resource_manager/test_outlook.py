@@ -23,20 +23,21 @@ def knowledge(facts):
     return Knowledge(TABLE, stores, load_prices(), IterationTime(TABLE), [], facts)
 
 
-def outlook(goal, few, many, elapsed_s=0.0):
+def outlook(goal, few, many, elapsed_s=0.0, start_s=0.0):
     """Of a job on MANY with 100 iterations left; what takes how long, and how sure that is."""
     work = Workload(ModelFeatures(10, 40, 1.0, 1.0), batch=8, iterations=200)
     facts = JobFacts(
-        "a", LIMITS, goal, workload=work, allocation=MANY, iterations_left=100, elapsed_s=elapsed_s
-    )
+        "a", LIMITS, goal, workload=work, allocation=MANY, iterations_left=100,
+        elapsed_s=elapsed_s, start_s=start_s,
+    )  # fmt: skip
     known = knowledge(facts)
     (few_s, few_sd), (many_s, many_sd) = few, many
     expected = np.array([np.log([few_s, many_s]), [few_sd, many_sd], [1.0, 1.0]])
     return Outlook(known, Grid.of([FEW, MANY], list(known.stores)), expected, MANY)
 
 
-def chosen(*args):
-    found = outlook(*args)
+def chosen(*args, **options):
+    found = outlook(*args, **options)
     return found.allocation(found.best())
 
 
@@ -63,6 +64,13 @@ def test_late_in_a_job_less_is_dared():
     few, many = (0.9, 0.2), (0.27, 0.02)
     assert chosen(Cheapest(105.0), few, many, 0.0) == FEW
     assert chosen(Cheapest(105.0 + 400.0), few, many, 400.0) == MANY  # as much is left
+
+
+def test_what_leaves_no_time_to_win_anything_back_is_not_dared():
+    # Of 15 s there are not many left once the pace of the few is known.
+    for shorter, place in ((1.0, FEW), (8.0, MANY)):
+        few, many = (0.9 / shorter, 0.2), (0.3 / shorter, 0.02)
+        assert chosen(Cheapest(118.0 / shorter), few, many, start_s=0.02) == place
 
 
 def test_what_nobody_is_sure_of_does_not_speak_for_the_slower_one():
