@@ -1245,18 +1245,22 @@ class TaskScheduler:
     def _shares(self) -> Callable[[Record], int]:
         """How many functions each job may take: its fair share, or all that nobody uses.
 
-        While others wait for functions, its fair share only: a review may make it give back what
-        exceeds that.
+        While others wait for functions, it may keep what exceeds its fair share and they do not
+        need: a review may make it give back the rest.
         """
         most, free = self._platform.limits.functions, max(0, self._free_functions())
         fair = max(1, most // max(1, sum(not j.paused for j in self._active.values())))
         waiting = self._waiting()
 
         def share(job: Record) -> int:
-            if any(other is not job for other in waiting):
-                return fair
             own = max((g.allocation.workers for g in job.generations if not g.closed), default=0)
-            return min(most, max(fair, own + free))
+            wanted = [
+                other.plan.allocation.workers
+                for other in waiting
+                if other is not job and other.plan
+            ]
+            room = min(0, free - sum(wanted)) if wanted else free
+            return min(most, max(fair, own + room))
 
         return share
 

@@ -360,6 +360,23 @@ def test_functions_are_shared_fairly_and_nobody_takes_what_others_wait_for(world
     assert policy.asked[-1].functions == 8 // 4
 
 
+def test_a_job_gives_back_no_more_functions_than_others_wait_for(world, policy):
+    policy.choice = Decision(Allocation(5, 1024), "large")
+    submit(world, "a")
+    world.train("a", workers=5)
+    policy.choice = Decision(Allocation(2, 1024), "small")
+    submit(world, "b")
+    world.train("b", workers=2)
+    policy.asked.clear()
+    submit(world, "c")  # of its two functions one is free
+    look(world)
+    world.after(SHARE_PAUSE_S)
+    asked = {facts.job_id: facts.functions for facts in policy.asked}
+    assert asked["f/c"] == 8 // 3
+    assert asked["f/a"] == 4
+    assert asked.get("f/b", 2) == 8 // 3  # its share, whatever the others want
+
+
 def test_what_other_jobs_move_through_a_store(tmp_path, policy):
     world = World(tmp_path, policy=policy, gradient_stores=["fast"])
     policy.choice = Decision(Allocation(2, 1024, "fast"), "")
