@@ -42,7 +42,7 @@ from real_jobs import LARGEST_MB, Cloud, Model, Training, Watched
 import smlt_tune as smlt
 
 #: Half of an iteration on many workers does not depend on the batch: the optimizer's work.
-GROWING = Model((24, 8), 256, deep=6)
+GROWING = Model((24, 8), 256, deep=4)
 SMALL_BATCH, SMALL_EPOCHS, EPOCHS = 96, 1, 16
 #: By what factor the batch size grows, and how often all of that is measured.
 GROWTH, ROUNDS, QUICK_ROUNDS = 2, 3, 1
@@ -54,7 +54,7 @@ CANDIDATE_BATCH, CANDIDATE_EPOCHS = 384, 8
 WORKERS, MEMORY_MB = (1, 2, 3, 4, 6, 8), (1280, LARGEST_MB)
 QUICK_WORKERS, QUICK_MEMORY_MB, QUICK_EPOCHS = (2, 4), (LARGEST_MB,), 5
 #: Iterations of a cell of the grid.
-CELL_ITERATIONS, LATER_ITERATIONS = 50, 15
+CELL_ITERATIONS, LATER_ITERATIONS = 20, 5
 TIGHT, TIGHT_STREAM = 1.02, 1.25
 #: How often rank 0 says how far it is, seconds (``WorkerSpec.progress_s``).
 PROGRESS_S = 0.5
