@@ -74,7 +74,10 @@ def promoting(sweep: Sweep, fleet: "Fleet", say: Callable[[str], None]) -> Promo
     if sweep.budget_usd is None or sweep.pruner.name not in ("asha", "hyperband"):
         return None
     if "max_reports" not in sweep.pruner.options:
-        say("without max_reports the pruner's rungs are not known: survivors get what others get")
+        say(
+            "survivors get what others get, because the pruner's last rung is not known: give it "
+            "max_reports, the reports of a whole training"
+        )
         return None
     predicted = options_of(sweep, fleet, say)
     if predicted is None:

@@ -54,7 +54,7 @@ _PRUNERS: dict[str, tuple[Callable[..., optuna.pruners.BasePruner], Mapping[str,
 }
 
 
-#: One in so many goes on, if the file does not say: as Optuna has it.
+#: One in so many goes on, if the file does not say.
 FACTOR = {"asha": 4, "hyperband": 3}
 
 
@@ -94,6 +94,8 @@ def pruner(choice: Choice) -> optuna.pruners.BasePruner:
     given = {names[one]: value for one, value in choice.options.items() if one in names}
     if "warmup" in names:  # Optuna lets a warm-up end with the step of that number
         given["n_warmup_steps"] = choice.options.get("warmup", 0) + 1
+    if choice.name in FACTOR:
+        given.setdefault("reduction_factor", FACTOR[choice.name])
     if choice.name == "asha":
         given.setdefault("min_resource", 1)
     with warnings.catch_warnings():  # some are marked as experimental since years
