@@ -1,5 +1,6 @@
 """A GP over workers, memory and what is known of a network, shared by siblings; without physics."""
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -87,10 +88,11 @@ def fitted(profiles, *, guessed):
     """A model with hyper-parameters of maximum likelihood, or with guesses.
 
     Linear and Matern parts over all inputs, an offset for every trial, and a Matern part over the
-    allocation for every trial.
+    allocation for every trial. Where no fit succeeds the guesses stay.
     """
     import torch
     from botorch import fit_gpytorch_mll
+    from botorch.exceptions.errors import ModelFittingError
     from botorch.models import SingleTaskGP
     from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
     from gpytorch.mlls import ExactMarginalLogLikelihood
@@ -123,7 +125,8 @@ def fitted(profiles, *, guessed):
         model.mean_module.constant = float(y.mean())
         if not guessed:
             mll = ExactMarginalLogLikelihood(model.likelihood, model)
-            fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 75}})
+            with contextlib.suppress(ModelFittingError):  # it has put the guesses back
+                fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 75}})
     return model.eval().requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ of memory as a bad value, as their users do; the two other models are kept away 
 allocations by a line through the peaks that were seen.
 """
 
+import contextlib
 import warnings
 from dataclasses import dataclass, replace
 
@@ -299,6 +300,7 @@ class BoTorch(Peer):
     def _fit(self, x, y):
         import torch
         from botorch import fit_gpytorch_mll
+        from botorch.exceptions.errors import ModelFittingError
         from botorch.models import SingleTaskGP
         from botorch.models.transforms import Normalize
         from gpytorch.mlls import ExactMarginalLogLikelihood
@@ -309,7 +311,8 @@ class BoTorch(Peer):
             warnings.simplefilter("ignore")
             y = torch.tensor(y)[:, None]
             model = SingleTaskGP(x, y, input_transform=Normalize(2, bounds=bounds))
-            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+            with contextlib.suppress(ModelFittingError):  # the modes of its priors stay
+                fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         return model
 
 
