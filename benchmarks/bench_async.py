@@ -144,7 +144,7 @@ class Search:
         return SimulatedTraining(
             epochs=EPOCHS,
             iterations=ITERATIONS,
-            iteration_s=lambda workers, memory_mb: self.seconds[workers, memory_mb],
+            iteration_s=lambda workers, memory_mb, batch: self.seconds[workers, memory_mb],
             metrics=lambda epoch: {"loss": self.curves.loss(trial, epoch)},
             load_s=workloads.load_s(MODEL, 1),
         )

@@ -47,7 +47,7 @@ def describe(curve):
     return SimulatedTraining(
         epochs=len(curve),
         iterations=ITERATIONS,
-        iteration_s=lambda workers, memory_mb: ITERATION_S / workers,
+        iteration_s=lambda workers, memory_mb, batch: ITERATION_S / workers,
         metrics=lambda epoch: {"accuracy": curve[epoch]},
         features=FEATURES,
         batch=32,

@@ -108,10 +108,11 @@ def whole_job(given, job, known, spread, seed):
     work = Workload(features, batch, TENTHS * each, function)
     cheapest, limit = job["goal"] == "Cheapest", job["limit"]
     goal = Cheapest(deadline_s=limit) if cheapest else Fastest(budget_usd=limit)
+    iteration_s = paces(job["grid"])
     training = SimulatedTraining(
         epochs=TENTHS,
         iterations=each,
-        iteration_s=paces(job["grid"]),
+        iteration_s=lambda n, memory_mb, batch: iteration_s(n, memory_mb),
         batch=batch,
         features=features,
         memory_mb=PEAK_MB,

@@ -81,7 +81,7 @@ def describer(options, epochs):
         return SimulatedTraining(
             epochs=epochs,
             iterations=ITERATIONS,
-            iteration_s=lambda workers, memory_mb: seconds[workers, memory_mb],
+            iteration_s=lambda workers, memory_mb, batch: seconds[workers, memory_mb],
             metrics=lambda epoch: {"loss": rate + 1.0 / (epoch + 1)},
             load_s=workloads.load_s(MODEL, 1),
         )

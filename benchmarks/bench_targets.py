@@ -133,7 +133,7 @@ class Search:
         training = SimulatedTraining(
             epochs=len(values),
             iterations=self.each,
-            iteration_s=self.iteration_s,
+            iteration_s=lambda n, memory_mb, batch: self.iteration_s(n, memory_mb),
             metrics=lambda epoch: {METRIC: values[epoch]},
             batch=self.batch,
             features=self.features,

@@ -209,7 +209,7 @@ def _learning(method, case, ks, labels, compared=12):
                     "short": short,
                     "recommend_ms": recommend_ms,
                     "suggest_ms": suggest_ms[-1] if suggest_ms else None,
-                    "covered": _covered(method, case, compared) if k in _ends(ks) else None,
+                    "covered": _covered(method, case, compared),
                 }
             )
         if k < max(ks):
@@ -217,10 +217,6 @@ def _learning(method, case, ks, labels, compared=12):
             suggest_ms.append(spent_ms)
             method.observe(case.candidate.measure(where, rng))
     return rows
-
-
-def _ends(ks):
-    return min(ks), max(ks)
 
 
 def _live(manager, case, profiled, labels):

@@ -102,7 +102,7 @@ def train(config):
     return SimulatedTraining(
         epochs=10,
         iterations=20,
-        iteration_s=lambda workers, memory_mb: 1.0 / workers,
+        iteration_s=lambda workers, memory_mb, batch: 1.0 / workers,
         metrics=lambda epoch: {"accuracy": config["quality"] * (1 - 0.5 ** (epoch + 1))},
         features=FEATURES,
         batch=8,

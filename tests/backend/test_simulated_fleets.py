@@ -41,7 +41,7 @@ def describe(config):
     wanted = {"epochs": 3, "iterations": 20, "second": 2.0, **(config or {})}
     seconds, loss = wanted.pop("second"), wanted.pop("loss", 1.0)
     return SimulatedTraining(
-        iteration_s=lambda workers, memory_mb: seconds / workers,
+        iteration_s=lambda workers, memory_mb, batch: seconds / workers,
         metrics=lambda epoch: {"epoch": epoch, "loss": loss / (epoch + 1)},
         **wanted,
     )

@@ -23,7 +23,7 @@ def train(config):
     return SimulatedTraining(
         epochs=config.get("epochs", 1000),
         iterations=ITERATIONS,
-        iteration_s=lambda workers, memory_mb: 0.2 / workers,
+        iteration_s=lambda workers, memory_mb, batch: 0.2 / workers,
         metrics=config.get("metrics", lambda epoch: {"loss": 1 / (epoch + 1)}),
         features=ModelFeatures(1000, 4000, 6000.0, 100.0),
         batch=8,

@@ -195,7 +195,7 @@ class _Simulation:
             return SimulatedTraining(
                 epochs=reports,
                 iterations=iterations,
-                iteration_s=lambda n, memory_mb: self._iteration_s(number, n, memory_mb),
+                iteration_s=lambda n, memory_mb, batch: self._iteration_s(number, n, memory_mb),
                 metrics=lambda epoch: {"score": self._scores[trial]},
                 batch=work.batch,
             )

@@ -20,6 +20,7 @@ from smlt_tune.backend.prices import load_prices
 from smlt_tune.errors import InvalidInput, ObjectNotFound, PlatformError, Throttled, UsageError
 from smlt_tune.runtime import keys, wire
 from smlt_tune.runtime.checkpoint import Checkpoints
+from smlt_tune.runtime.features import ModelFeatures
 from smlt_tune.runtime.position import Position
 
 NAMES = keys.FleetKeys("f").generation("job", 0)
@@ -33,7 +34,7 @@ class Cloud:
         self.platform = SimulatedPlatform(SimulationOptions(**options))
         self.workers, self.said, self.results = workers, [], []
         self.platform.listeners["f"] = self.said.append
-        wanted = {"epochs": 2, "iterations": 10, "iteration_s": lambda n, mb: 1.0}
+        wanted = {"epochs": 2, "iterations": 10, "iteration_s": lambda n, mb, batch: 1.0}
         self.platform.programs["f", "job"] = lambda: SimulatedTraining(
             **{**wanted, "load_s": 0.0, "save_s": 0.5, **(training or {})}
         )
@@ -111,7 +112,7 @@ def test_invocations_are_refused_by_chance():
 
 
 def test_the_time_limit_ends_a_function_that_comes_to_no_boundary():
-    cloud = Cloud(training={"iteration_s": lambda n, mb: 500.0})
+    cloud = Cloud(training={"iteration_s": lambda n, mb, batch: 500.0})
     cloud.invoke(timeout_s=30.0)
     cloud.pass_time(31)
     (result,) = cloud.results
@@ -278,10 +279,48 @@ def test_every_mistake_in_the_options_is_listed(wrong):
     assert named == list(wrong)
 
 
+GROWING = {
+    "epochs": 3,
+    "iterations": (8, 4, 4),
+    "batch": (16, 32, 32),
+    "iteration_s": lambda n, mb, batch: batch / 16,
+    "features": ModelFeatures(1_000, 4_000, 6e3, 1e2),
+}
+
+
+def test_a_batch_size_that_grows_is_said_when_it_does():
+    cloud = Cloud(training=GROWING, progress_s=3.0)
+    cloud.invoke()
+    cloud.pass_time(50)
+    told = [(event.batch, event.iterations) for event in cloud.heard(wire.Workload)]
+    assert told == [(16, 24), (32, 16)]  # until then the first epoch was expected to be repeated
+    assert cloud.results[0].billed_s == pytest.approx(1.0 + 8 + 2 * 8 + 0.5)
+    progress = cloud.heard(wire.Progress)
+    assert {(event.batch, event.iterations + event.left) for event in progress} == set(told)
+    measured = {(event.batch, event.iteration_s) for event in progress if event.chunk}
+    assert measured == {(16, 1.0), (32, 2.0)}
+
+
+def test_a_run_whose_epochs_differ_goes_on_where_it_was():
+    training = SimulatedTraining(**GROWING)
+    for done in range(training.total + 1):
+        assert training.done_at(training.position(done)) == done
+    assert [training.epoch_at(done) for done in (0, 7, 8, 11, 12, 16)] == [0, 0, 1, 1, 2, 3]
+    cloud = Cloud(start=False, training=GROWING)
+    cloud.put(start=wire.Start(f"c/{Position(1, 1, 2).encode()}").encode())
+    cloud.invoke()
+    cloud.pass_time(50)
+    assert cloud.results[0].billed_s == pytest.approx(1.0 + 6 * 2 + 0.5)
+    assert [event.index for event in cloud.heard(wire.Reported)] == [1, 2]
+
+
 def test_every_mistake_in_a_training_is_listed():
     with pytest.raises(InvalidInput) as refused:
         SimulatedTraining(epochs=0, iterations=1.5, iteration_s=2.0, memory_mb=-1, load_s=None)
     assert len(refused.value.mistakes) == 5
+    with pytest.raises(InvalidInput) as refused:
+        SimulatedTraining(epochs=2, iterations=(1, 0), iteration_s=lambda *_: 1.0, batch=(8, 8, 8))
+    assert len(refused.value.mistakes) == 2
 
 
 class TestVirtualTime:

@@ -35,7 +35,7 @@ def describe(config):
     return SimulatedTraining(
         epochs=config.get("epochs", 4),
         iterations=ITERATIONS,
-        iteration_s=lambda workers, memory_mb: config.get("slow", 1.0) / workers,
+        iteration_s=lambda workers, memory_mb, batch: config.get("slow", 1.0) / workers,
         metrics=lambda epoch: {"score": -abs(config["trial"] - 5) + 0.01 * epoch},
         batch=256,
         features=FEATURES,

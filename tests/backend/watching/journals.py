@@ -25,7 +25,7 @@ def describe(config):
         iterations=20,
         features=ModelFeatures(100_000, 400_000, 1e7),
         batch=64,
-        iteration_s=lambda workers, memory_mb: config.get("second", 0.5) / workers,
+        iteration_s=lambda workers, memory_mb, batch: config.get("second", 0.5) / workers,
         metrics=lambda epoch: {
             "epoch": epoch,
             config.get("metric", "accuracy"): best * (1 - 0.5 ** (epoch + 1)),

@@ -31,12 +31,6 @@ STATE = b"simulated"
 _NOISE = 1e-9
 
 
-def position_of(done: int, iterations: int) -> Position:
-    """Where a run is that has done so many iterations, with so many in an epoch."""
-    epoch, iteration = divmod(done, iterations)
-    return Position(epoch, 1, iteration) if iteration else Position(epoch)
-
-
 class SimulatedGeneration:
     """One generation of one job, from when its first function enters until all have left.
 
@@ -76,15 +70,15 @@ class SimulatedGeneration:
         #: Replacements that wait for the state.
         self._joining: list[Delivery] = []
         self._begun = self._leaving = self._over = False
-        self._told_workload: Delivery | None = None
-        # Where it is: iterations done, at the beginning and now; epochs reported.
-        self._first = self._done = self._reported = 0
+        self._told_workload: tuple[Delivery, int] | None = None
+        # Where it is: iterations done, at the beginning and now; epochs reported; present epoch.
+        self._first = self._done = self._reported = self._epoch = 0
         self._checkpoint: str | None = None
         self._saved_s = time.monotonic()
         # What goes on: training since some time, at some pace, or something else until a timer.
         self._since_s: float | None = None
         self._iteration_s = 0.0
-        self._epoch_ends = self._told_done = 0
+        self._told_done = 0
         self._doing = self._limit = Timer(None)
         self._beat = Timer(None)
         store.watch(self._keys.tokens(0), self._woken)
@@ -179,10 +173,10 @@ class SimulatedGeneration:
         self._checkpoint = wire.Start.decode(content).checkpoint
         if self._checkpoint is not None:
             name = self._checkpoint.rpartition("/")[2]
-            at = Position.decode(name)
-            self._done = max(0, at.epoch) * self._training.iterations + at.iteration
+            self._done = self._training.done_at(Position.decode(name))
         self._first = self._told_done = self._done
-        self._reported = self._done // self._training.iterations
+        self._reported = self._training.epoch_at(self._done)
+        self._epoch = min(self._reported, self._training.epochs - 1)
         for worker in self._everybody():
             self._tell_progress(worker, waiting=False)
         self._do(self._training.load_s, self._go)
@@ -199,7 +193,7 @@ class SimulatedGeneration:
         elif self._training.memory_mb > limit_mb:
             for worker in self._everybody():
                 worker.end("out_of_memory", f"its limit is {limit_mb} MB")
-        elif self._done // self._training.iterations > self._reported:
+        elif self._training.epoch_at(self._done) > self._reported:
             seconds = self._training.evaluation_s
             seconds += self._training.save_s if self._spec.lockstep else 0.0
             self._do(seconds, self._report)
@@ -219,28 +213,25 @@ class SimulatedGeneration:
 
     def _train(self) -> None:
         training, any_worker = self._training, self._everybody()[0]
-        if any_worker is not self._told_workload and training.features is not None:
-            self._told_workload = any_worker
-            self._tell_workload(any_worker)
-        epoch = self._done // training.iterations
-        memory_mb = any_worker.invocation.memory_mb
+        self._epoch = training.epoch_at(self._done)
+        self._tell_workload(any_worker)
+        where = self._spec.workers, any_worker.invocation.memory_mb, training.batch_in(self._epoch)
         slowest = max(min(w.slowness for w in each) for each in self._workers.values())
-        median_s = training.iteration_s(self._spec.workers, memory_mb)
+        median_s = training.iteration_s(*where)
         if not is_positive(median_s):
             raise InvalidInput(
-                f"SimulatedTraining: iteration_s({self._spec.workers}, {memory_mb}) gave "
-                f"{median_s!r}: must be a number above 0"
+                f"SimulatedTraining: iteration_s{where} gave {median_s!r}: must be a number above 0"
             )
-        self._iteration_s = median_s * self._pace(epoch) * slowest
+        self._iteration_s = median_s * self._pace(self._epoch) * slowest
         self._since_s = self._time.monotonic()
-        self._epoch_ends = (epoch + 1) * training.iterations
         self._train_on()
         self._watch_limit()
 
     def _train_on(self) -> None:
         """To the end of the epoch."""
         assert self._since_s is not None
-        ends_s = self._since_s + (self._epoch_ends - self._done) * self._iteration_s
+        left = self._training.end_of(self._epoch) - self._done
+        ends_s = self._since_s + left * self._iteration_s
         self._do(ends_s - self._time.monotonic(), self._trained)
 
     def _trained(self) -> None:
@@ -299,7 +290,7 @@ class SimulatedGeneration:
         return self._reported > (int(consumed) if consumed else 0)
 
     def _save(self) -> str:
-        at = position_of(self._done, self._training.iterations)
+        at = self._training.position(self._done)
         self._checkpoint = self._checkpoints.save(at, STATE)
         self._saved_s = self._time.monotonic()
         return self._checkpoint
@@ -379,26 +370,29 @@ class SimulatedGeneration:
         chunk = self._done - self._told_done if first else 0
         if first:
             self._told_done = self._done
-        total = self._training.total
         self._tell(
             wire.Progress,
             worker,
-            position=position_of(self._done, self._training.iterations).encode(),
+            position=self._training.position(self._done).encode(),
             iterations=self._done - self._first,
             chunk=chunk,
             iteration_s=self._iteration_s if chunk else 0.0,
             sync_s=0.0,
-            left=total - self._done,
+            left=self._training.expected(self._epoch) - self._done,
             other_share=None,
             slowest_s=self._iteration_s,
-            batch=self._training.batch,
+            batch=self._training.batch_in(self._epoch),
             peak_mb=self._training.memory_mb,
             waiting=waiting,
         )
 
     def _tell_workload(self, worker: Delivery) -> None:
-        features = self._training.features
-        assert features is not None
+        """Once of each generation, and when the batch size is another one."""
+        features, batch = self._training.features, self._training.batch_in(self._epoch)
+        if features is None or (worker, batch) == self._told_workload:
+            return
+        changed = self._told_workload is not None and self._told_workload[0] is worker
+        self._told_workload = worker, batch
         self._tell(
             wire.Workload,
             worker,
@@ -406,9 +400,12 @@ class SimulatedGeneration:
             gradient_bytes=features.gradient_bytes,
             flops_per_sample=features.flops_per_sample,
             activation_bytes=features.activation_bytes,
-            batch=self._training.batch,
-            iterations=self._training.total,
+            batch=batch,
+            iterations=self._training.expected(self._epoch),
         )
+        if changed:  # decisions wait for what is left of another batch size
+            self._told_done = self._done
+            self._tell_progress(worker, waiting=False)
 
     # --- small things -----------------------------------------------------------------------------
 
