@@ -33,6 +33,7 @@ from smlt_tune.backend.loss_curves import forecast, moved
 from smlt_tune.backend.measurements import Measurement
 from smlt_tune.backend.resource_manager.observations import (
     DEFAULT_STORE,
+    Z90,
     Decision,
     Profile,
     Workload,
@@ -267,10 +268,12 @@ class Adaptation:
         )
         if job.left is None or job.workload is None or job.workload.iterations is None:
             return False
-        job.beyond = 0
+        job.beyond, job.left_sd = 0, 0.0
         if found is not None and not found.never:
             an_epoch = (job.workload.iterations - job.left) / len(values)
-            job.beyond = max(0, job.left - round((found.epochs.mid - len(values)) * an_epoch))
+            ends = (found.epochs.mid - len(values), found.epochs.high - len(values))
+            expected, most = (max(1, round(min(job.left, end * an_epoch))) for end in ends)
+            job.beyond, job.left_sd = max(0, job.left - expected), math.log(most / expected) / Z90
         if moved(job.decided_forecast, found) and not self.is_pinned(job):
             self._due.setdefault(job.job_id, "forecast")
         return False

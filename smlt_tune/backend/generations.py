@@ -146,6 +146,7 @@ class Record:
         held_back: Why it is paused, if not by its user.
         beyond: How many of the training iterations that are left it is expected not to need, as it
             reaches its target before.
+        left_sd: Standard deviation of the logarithm of those that are left then.
         forecast: When it is expected to.
         decided_forecast: By which its allocation was last decided.
         fruitless_s: Longest lease that has ended without any progress, seconds.
@@ -182,6 +183,7 @@ class Record:
     workload_changed: bool = False
     left: int | None = None
     beyond: int = 0
+    left_sd: float = 0.0
     forecast: Forecast | None = None
     decided_forecast: Forecast | None = None
     seen: Seen | None = None

@@ -1228,6 +1228,7 @@ class TaskScheduler:
             peak_mb=job.peak_mb,
             workload=workload,
             iterations_left=left,
+            left_sd=job.left_sd,
             other_share=job.other_share,
             elapsed_s=self._clock.monotonic() - job.submitted_s,
             spent_usd=self.cost_usd(job.job_id),

@@ -34,10 +34,11 @@ class Recorder(PinnedOrDefault):
     """Stays with what there is, and remembers what it was asked."""
 
     def __init__(self):
-        self.left = []
+        self.left, self.doubts = [], []
 
     def review(self, facts):
         self.left.append((facts.elapsed_s, facts.iterations_left))
+        self.doubts.append((facts.elapsed_s, facts.left_sd))
 
 
 def fleet_on(policy=None):
@@ -75,6 +76,10 @@ def test_its_allocation_is_chosen_for_the_epochs_that_are_left():
     for at_s, left in late:
         assert left == pytest.approx(ITERATIONS * (100 - at_s / an_epoch_s), rel=0.5)
     assert late
+    doubts = [(at_s, sd) for at_s, sd in policy.doubts if at_s > 3 * an_epoch_s]
+    assert {sd for at_s, sd in policy.doubts if at_s < 3 * an_epoch_s} == {0.0}  # all of it is left
+    assert all(0.0 < sd < 4.0 for _, sd in doubts)
+    assert doubts[-1][1] < doubts[0][1]
 
 
 def test_a_forecast_knows_what_the_siblings_before_have_seen():

@@ -90,6 +90,10 @@ class Profile:
     out_of_memory: bool = False
 
 
+#: Half-width of a 90 % interval, in standard deviations.
+Z90 = 1.645
+
+
 @dataclass(frozen=True)
 class Interval:
     """A prediction: the middle and the ends of the 90 % interval."""

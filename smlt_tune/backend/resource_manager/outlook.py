@@ -15,6 +15,7 @@ from smlt_tune.backend.prices import Prices
 from smlt_tune.backend.resource_manager.grid import Grid
 from smlt_tune.backend.resource_manager.memory import Holdings, MemoryModel
 from smlt_tune.backend.resource_manager.observations import (
+    Z90,
     Allocation,
     Interval,
     Option,
@@ -61,8 +62,6 @@ TIE = 0.05
 NEARLY, SURE_Z = 1.03, 0.5
 #: By how much the pace of a whole job may still change: other load on the machine, say; ln.
 PACE_SD = 0.08
-#: Half-width of a 90 % interval, in standard deviations.
-Z90 = 1.645
 #: Least standard deviation of ln(time) of a whole job.
 JOB_SD = 0.02
 #: For how long a hand-over holds up training, as long as none was seen, in seconds.
@@ -263,6 +262,8 @@ class Outlook:
         size = len(grid.workers)
         self._mean, sd, self._fits = expected
         self._sd = np.hypot(sd, JOB_SD)
+        # Of the whole job: how much is left to do may be a forecast, too.
+        self._job_sd = np.hypot(self._sd, known.facts.left_sd)
         self.own = sum(p.job_id == known.facts.job_id for p in known.near)
         self.siblings = len(known.near) - self.own
         self._current = current
@@ -373,8 +374,8 @@ class Outlook:
         return np.where(self._others, limit - reserve, limit)
 
     def _limited(self, z: float | Array) -> Array:
-        """What the goal limits, z standard deviations of ln t from the middle."""
-        iteration_s = np.exp(self._mean + z * self._sd)
+        """What the goal limits, z standard deviations from the middle."""
+        iteration_s = np.exp(self._mean + z * self._job_sd)  # as good as that many more of them
         if isinstance(self._goal, Cheapest):
             return self._terms.time_s(iteration_s)
         return self._terms.cost_usd(iteration_s)
@@ -456,7 +457,7 @@ class Outlook:
         if isinstance(self._goal, Cheapest):  # both generations are billed
             move_s = terms.start_s + 2.0 * terms.hold_up_s
         share = move_s / np.maximum(self.time_s, 1e-12)
-        return np.asarray(ndtr(over / np.hypot(self._sd, PACE_SD)) * np.log1p(share))
+        return np.asarray(ndtr(over / np.hypot(self._job_sd, PACE_SD)) * np.log1p(share))
 
     def gain(self, new: int, old: int) -> float:
         """Share of what is left that the new one saves of what the goal minimises."""
@@ -542,17 +543,15 @@ class Outlook:
     def prediction(self, i: int) -> Prediction:
         """With its 90 % intervals."""
 
-        def interval(of: Any) -> Interval:
-            low, mid, high = (
-                float(of(np.exp(self._mean + z * self._sd))[i]) for z in (-Z90, 0.0, Z90)
-            )
+        def interval(of: Any, sd: Array) -> Interval:
+            low, mid, high = (float(of(np.exp(self._mean + z * sd))[i]) for z in (-Z90, 0.0, Z90))
             return Interval(low, mid, high)
 
         return Prediction(
             allocation=self.allocation(i),
-            iteration_s=interval(lambda t: t),
-            time_s=interval(self._terms.time_s),
-            cost_usd=interval(self._terms.cost_usd),
+            iteration_s=interval(lambda t: t, self._sd),
+            time_s=interval(self._terms.time_s, self._job_sd),
+            cost_usd=interval(self._terms.cost_usd, self._job_sd),
             fits=float(self._fits[i]),
         )
 

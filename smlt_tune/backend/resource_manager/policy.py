@@ -62,6 +62,7 @@ class JobFacts:
         peak_mb: Highest resident memory of a worker that was seen, MB; 0 if none was.
         workload: What it computes now; None as long as nobody has said.
         iterations_left: Training iterations that are still to do; None if nobody knows.
+        left_sd: Standard deviation of the logarithm of that, where it is a forecast.
         other_share: Time outside of training iterations over the time inside, so far; None before
             it was measured.
         elapsed_s: Time since it was submitted, seconds.
@@ -80,6 +81,7 @@ class JobFacts:
     peak_mb: float = 0.0
     workload: Workload | None = None
     iterations_left: int | None = None
+    left_sd: float = 0.0
     other_share: float | None = None
     elapsed_s: float = 0.0
     spent_usd: float = 0.0

@@ -325,6 +325,20 @@ def test_a_budget_at_risk_makes_a_job_smaller():
     assert a.workers * a.memory_mb / 1024 * left * 1.66667e-5 <= 0.2
 
 
+@pytest.mark.parametrize("goal", [Cheapest(1200.0), Fastest(0.3)], ids=repr)
+def test_of_what_may_be_more_than_is_forecast_less_is_dared(goal):
+    policy = watched(TWO_WORKERS)
+    sure, unsure = (policy.review(running(TWO_WORKERS, goal, left_sd=sd)) for sd in (0.0, 0.5))
+    limited = 1 if isinstance(goal, Fastest) else 0
+    uses = [true_time_and_cost(workload(), each.allocation)[limited] for each in (sure, unsure)]
+    assert uses[1] < 0.95 * uses[0]
+    for what in ("time_s", "cost_usd"):
+        low, mid, high = unsure.evidence["prediction"][what]
+        assert low < 0.6 * mid < 0.4 * high
+    low, mid, high = unsure.evidence["prediction"]["iteration_s"]
+    assert high < 1.5 * mid  # the pace is as sure as before
+
+
 def test_a_larger_batch_calls_for_another_allocation():
     goal = Cheapest(900.0)
     small, large = workload(batch=128), workload(batch=2048)
