@@ -66,6 +66,8 @@ PACE_SD = 0.08
 JOB_SD = 0.02
 #: For how long a hand-over holds up training, as long as none was seen, in seconds.
 HOLD_UP_S = 0.4
+#: Weight of the assumption that what is done after the last epoch is done in parts.
+END_RIDGE = 0.1
 #: What a job of unknown length is assumed to have left, iterations: only ratios matter then.
 UNKNOWN_ITERATIONS = 1000
 
@@ -191,9 +193,24 @@ class Knowledge:
             return self.facts.other_share
         return _typical((p.other_share for p in self._of_the_function()), 8)
 
-    def end_s(self) -> float:
-        """After the last epoch: that of the nearest siblings."""
-        return _typical((p.end_s for p in self._of_the_function()), 4)
+    def end_s(self, grid: Grid) -> Array:
+        """After the last epoch, of every allocation of a grid: by what the nearest siblings took.
+
+        Of a worker's speed and of a part for each worker, as loops over ``session.batches`` are,
+        if they do not say otherwise: the exponent of the workers is fitted to them by ridge
+        regression towards 1.
+        """
+        known = [(p, p.end_s) for p in self._of_the_function() if p.end_s is not None][:4]
+        if not known:
+            return np.zeros(len(grid.workers))
+        at = [p.allocation for p, _ in known]
+        ln_n = np.log([float(where.workers) for where in at])
+        speed = self.table.speed_at(np.array([float(where.memory_mb) for where in at]))
+        ln_work = np.log(np.maximum([end_s for _, end_s in known], 1e-6) * speed)
+        x, y = ln_n - ln_n.mean(), ln_work - ln_work.mean()
+        exponent = min(1.0, max(0.0, float((END_RIDGE - x @ y) / (END_RIDGE + x @ x))))
+        one = np.exp(np.median(ln_work + exponent * ln_n))
+        return np.asarray(one / grid.workers**exponent / self.table.speed_at(grid.memory_mb))
 
     def start_s(self) -> float:
         """From an invocation until its worker trains."""
@@ -289,7 +306,7 @@ class Outlook:
             other_share=known.other_share(),
             start_s=start_s,
             hold_up_s=known.hold_up_s(),
-            end_s=known.end_s(),
+            end_s=known.end_s(grid),
             before_s=np.full(size, start_s),
             before_usd=np.zeros(size),
             starts=np.ones(size),

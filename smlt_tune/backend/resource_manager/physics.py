@@ -251,7 +251,7 @@ class JobTerms:
         other_share: r.
         start_s: t0; billed for every function that starts.
         hold_up_s: th.
-        end_s: te.
+        end_s: te, shape (p,).
         before_s: What passes before these iterations, shape (p,).
         before_usd: What that costs besides the start of functions, shape (p,).
         starts: Whether functions have to start first, shape (p,): 1 or 0.
@@ -268,7 +268,7 @@ class JobTerms:
     other_share: float
     start_s: float
     hold_up_s: float
-    end_s: float
+    end_s: Array
     before_s: Array
     before_usd: Array
     starts: Array

@@ -85,13 +85,33 @@ EXPERIENCED = manager(siblings())
 def test_what_siblings_did_besides_and_at_their_end_is_expected_of_this_one():
     known = siblings()
     besides = [replace(p, other_share=0.5 if i % 2 else None) for i, p in enumerate(known)]
-    at_the_end = [replace(p, end_s=60.0 if i % 2 else None) for i, p in enumerate(known)]
-    plain, longer, later = (
+    plain, longer = (
         manager(profiles).predict(facts(work=workload(iterations=200)), TWO_WORKERS).time_s.mid
-        for profiles in (known, besides, at_the_end)
+        for profiles in (known, besides)
     )
     assert longer == pytest.approx(1.5 * plain)
-    assert later == pytest.approx(plain + 60.0)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_what_siblings_did_at_their_end_takes_as_much_longer_as_there_are_fewer_to_do_it(split):
+    def end_s(at):
+        return 120.0 / (at.workers if split else 1) / (at.memory_mb / 1769)
+
+    known = siblings(40)
+    ends = [replace(p, end_s=end_s(p.allocation) if i % 2 else None) for i, p in enumerate(known)]
+    plain, told = manager(known), manager(ends)
+    for at in (Allocation(1, 1769), TWO_WORKERS, Allocation(16, 3538)):
+        without, later = (
+            policy.predict(facts(work=workload(iterations=200)), at).time_s.mid
+            for policy in (plain, told)
+        )
+        assert later - without == pytest.approx(end_s(at), rel=0.35)
+    one = manager([replace(known[0], end_s=10.0)])  # alone, it is taken for one that was split
+    at, more = known[0].allocation, replace(known[0].allocation, workers=64)
+    ends = [one.predict(facts(), where).time_s.mid for where in (at, more)]
+    without = [manager(known[:1]).predict(facts(), where).time_s.mid for where in (at, more)]
+    assert ends[0] - without[0] == pytest.approx(10.0)
+    assert ends[1] - without[1] == pytest.approx(10.0 * at.workers / 64)
 
 
 def true_time_and_cost(work, allocation):
