@@ -257,6 +257,18 @@ class Promotions:
         with self._lock:
             self._came_to(trial, rung, value, cost_usd)
 
+    def leaves(self, trial: int, cost_usd: float) -> None:
+        """A trial is over wherever it was: it failed, say. Nothing is kept for it any more.
+
+        Args:
+            trial: Its number; of one that has come to its last rung nothing is kept anyway.
+            cost_usd: What it has cost in all, USD.
+        """
+        with self._lock:
+            segment = self._running.pop(trial, None)
+            if segment is not None:  # how much of it was trained is not known: only money is gone
+                self._budget_usd -= cost_usd - segment.before_usd
+
     def _came_to(self, trial: int, rung: int, value: float, cost_usd: float) -> float:
         """Books a segment; the trial's quantile among all that have come to the rung."""
         segment = self._running.pop(trial)

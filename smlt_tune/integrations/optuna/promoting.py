@@ -37,10 +37,15 @@ class Promoting:
         for count, point in enumerate(row.points, 1):
             ends = row.state == "pruned" and count == len(row.points)
             self._came_to(row.trial, count, point.value, point.cost_usd, ends=ends)
+        self.leaves(row.trial, row.cost_usd)
 
     def begins(self, trial: int) -> Allocation:
         """What a trial runs on first."""
         return self._promotions.begins(trial)
+
+    def leaves(self, trial: int, cost_usd: float) -> None:
+        """A trial is over, whatever the reason; idempotent."""
+        self._promotions.leaves(trial, cost_usd)
 
     def judged(self, trial: int, job: "Job", report: "Report", pruned: bool) -> None:
         """The pruner has judged a report."""

@@ -66,7 +66,7 @@ def run_sweep(
             fleet=fleet,
             max_parallel=sweep.parallel,
             catch=(JobError,),
-            callbacks=[partial(_tell, board)],
+            callbacks=[partial(_tell, board, places)],
         )
     except BudgetExhausted:
         if not any(row.points for row in board.snapshot()):  # of an earlier client neither
@@ -120,11 +120,15 @@ def _params(sweep: Sweep, trial: optuna.trial.BaseTrial | FrozenTrial) -> dict[s
     return dict(sweep.candidates[trial.number] if sweep.candidates else trial.params)
 
 
-def _tell(board: Board, study: optuna.Study, trial: FrozenTrial) -> None:
+def _tell(board: Board, places: Promoting | None, study: optuna.Study, trial: FrozenTrial) -> None:
     """The end of a trial that Optuna knows more about than its job does."""
     row = board.rows.get(trial.number)
-    if row is not None and not row.over:
+    if row is None:
+        return
+    if not row.over:
         board.end(trial.number, *_end(study, trial), trial.user_attrs.get("smlt_seconds"))
+    if places is not None:
+        places.leaves(trial.number, row.cost_usd)
 
 
 def _end(study: optuna.Study, trial: FrozenTrial) -> tuple[str, str]:

@@ -95,6 +95,20 @@ def test_what_is_dearer_than_expected_leaves_less_for_those_to_come():
     assert workers[1.3] < workers[1.0]
 
 
+def test_nothing_is_kept_for_a_trial_that_has_failed_but_what_it_has_cost_is_gone():
+    workers = {}
+    for spent in (None, 0.0, 0.5 * LEAST_USD):
+        chosen = promotions(1.4 * LEAST_USD)
+        for trial in range(26):
+            chosen.begins(trial)
+        if spent is not None:
+            for trial in range(1, 26):
+                chosen.leaves(trial, spent / 25)
+                chosen.leaves(trial, spent / 25)  # told twice, it counts once
+        workers[spent] = chosen.begins(26).workers
+    assert workers[0.5 * LEAST_USD] < workers[None] < workers[0.0]
+
+
 def test_without_money_everything_is_as_cheap_as_it_can_be():
     chosen = promotions(0.5 * LEAST_USD)
     assert {chosen.begins(trial).workers for trial in range(27)} == {1}

@@ -154,12 +154,36 @@ def test_survivors_are_moved_once_and_those_that_end_are_not(
     assert not [job for job, _ in moved if any(job.startswith(one) for one in ended)]
 
 
+def test_of_trials_that_fail_only_what_they_have_cost_counts(sweep, tmp_path, monkeypatch, moved):
+    def fails(config, job):
+        job.report(accuracy=config["x"])
+        raise ValueError("no more")
+
+    monkeypatch.setattr(target, "load", lambda name, folder: fails)
+    monkeypatch.setattr(promoting_module, "options_of", lambda sweep, fleet, say: options)
+    left = []
+    monkeypatch.setattr(Promotions, "leaves", lambda self, *told: left.append(told))
+    text = "pruner: {name: asha, factor: 2, min_reports: 2, max_reports: 4}\nbudget_usd: 1\n"
+    made = sweep(text)
+    fleet = FakeFleet(tmp_path / "fleet")
+    board = Board(made, fleet)
+    run_sweep(made, fleet, board)
+    costs = {int(job.job_id.split("-")[1]): job.cost_usd for job in fleet.jobs()}
+    assert {row.state for row in board.snapshot()} == {"failed"}
+    assert sorted(left) == sorted(costs.items())
+    again = Promotions([SCHEDULE], 6, options, 1.0)
+    for row in board.snapshot():
+        Promoting(again).restore(row)
+    assert len(left) == 2 * len(costs)  # a later client is told, too
+
+
 def test_what_was_judged_for_an_earlier_client_moves_nobody_but_counts():
     asked = []
     promotions = SimpleNamespace(
         begins=lambda trial: CHEAP,
         goes_on=lambda *told: asked.append(("goes on", *told)) or FAST,
         ends=lambda *told: asked.append(("ends", *told)),
+        leaves=lambda *told: asked.append(("leaves", *told)),
         schedule_of=lambda trial: SCHEDULE,
     )
     places = Promoting(promotions)
@@ -178,12 +202,13 @@ def test_what_was_judged_for_an_earlier_client_moves_nobody_but_counts():
     places.judged(1, job, report(0, 0.1), True)
     assert asked[2:] == [("ends", 1, 0, 0.1, 0.1)]
     points = [SimpleNamespace(value=0.3, cost_usd=0.2), SimpleNamespace(value=0.4, cost_usd=0.3)]
-    places.restore(SimpleNamespace(trial=7, state="pruned", points=points))
-    assert asked[3:] == [("goes on", 7, 0, 0.3, 0.2), ("ends", 7, 1, 0.4, 0.3)]
+    places.restore(SimpleNamespace(trial=7, state="pruned", points=points, cost_usd=0.4))
+    ended = [("goes on", 7, 0, 0.3, 0.2), ("ends", 7, 1, 0.4, 0.3), ("leaves", 7, 0.4)]
+    assert asked[3:] == ended
 
 
 def test_the_promotions_of_a_restored_sweep_know_what_was_spent():
     places = Promoting(Promotions([SCHEDULE], 4, options, 0.3))
     points = [SimpleNamespace(value=0.3, cost_usd=0.29)]
-    places.restore(SimpleNamespace(trial=0, state="pruned", points=points))
+    places.restore(SimpleNamespace(trial=0, state="pruned", points=points, cost_usd=0.29))
     assert places.begins(1) == CHEAP  # next to nothing is left
