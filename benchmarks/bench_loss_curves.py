@@ -9,14 +9,19 @@ trainings, the odd one has the larger batch or rate, or the rate that decays.) A
 all of a curve, by a tenth of its range, tells how often a prediction promises within the recorded
 epochs what does not come.
 
-Besides, there are searches, of random configurations of one training function each. A trial of one
-is predicted from the beginning of its curve alone, and with the whole curves of the trials before
-it. Searches of the even half were for choosing. A trial's own targets are as above; the target of a
-search is the value at which half of its trainings end, and then siblings end when they reach it.
+Besides, there are searches, of 48 random configurations of one training function each. A trial of
+one is predicted from the beginning of its curve alone, and with the whole curves of the trials
+before it. Of the first 16 searches, the even ones were for choosing; the last eight were recorded
+when nothing was chosen any more. A trial's own targets are as above; the target of a search is the
+value at which half of its trainings end, and then siblings end when they reach it.
 
-What chance leaves to find is told by repetitions: every trial of a search was trained once more,
-with another seed. ``again`` is what that took to the target, ``repeat`` our prediction with the
-whole curve of the repetition as the only sibling. No other sibling knows as much; several might.
+A job ends with its last epoch, whether the target is reached or not, and nobody plans beyond that:
+``capped`` are the errors of predictions that are cut there, as the scheduler does.
+
+What chance leaves to find is told by repetitions: the first dozen trials of the first 16 searches
+were trained once more, with other seeds. ``again`` is what that took to the target, ``repeat`` our
+prediction with the whole curve of the repetition as the only sibling. No other sibling knows as
+much; several might.
 
     python benchmarks/bench_loss_curves.py
     SMLT_BENCH_QUICK=1 python benchmarks/bench_loss_curves.py
@@ -27,13 +32,15 @@ import math
 import os
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")  # before numpy: tables this small gain nothing from more
+    os.environ.setdefault(name, "1")  # before numpy: every process has one core
 
 import common  # noqa: E402
 import numpy as np  # noqa: E402
+import real_jobs  # noqa: E402
 from scipy.optimize import OptimizeWarning, curve_fit  # noqa: E402
 
 from smlt_tune.backend.loss_curves import HORIZON, forecast  # noqa: E402
@@ -58,7 +65,27 @@ WITH_SIBLINGS = {"siblings": "ours, with siblings", "ours": "ours, alone"} | {
 #: What needs another training of the same configuration.
 REPEATED = {"repeat": "ours, from a repetition", "again": "the repetition itself"}
 #: Numbers of siblings that are told apart: least, most.
-SIBLINGS = {"none": (0, 0), "1 to 3": (1, 3), "4 or more": (4, 99), "any": (1, 99)}
+SIBLINGS = {
+    "none": (0, 0),
+    "1 to 3": (1, 3),
+    "4 to 11": (4, 11),
+    "12 or more": (12, 99),
+    "all": (0, 99),
+}
+#: Searches before this one were recorded when something was still to be chosen.
+LATER = 16
+#: The most that the median error may be over all trials of searches that nothing was chosen on; and
+#: where that is asked: (group, what it is, whether predictions are cut at the last epoch).
+CLAIMED = 0.1
+CLAIMS = (
+    ("loss, constant", "training loss, rate constant", False),
+    ("constant", "all metrics, rate constant", False),
+    ("target of the search", "one target of a search, all metrics and schedules", False),
+    ("loss", "training loss, all schedules, cut at the last epoch", True),
+    ("loss", "training loss, all schedules", False),
+    ("all", "all metrics and schedules, cut at the last epoch", True),
+    ("all", "all metrics and schedules", False),
+)
 
 
 def cases(seen):
@@ -80,15 +107,16 @@ def cases_of_searches():
     for number, search in enumerate(searches[:2] if common.QUICK else searches):
         for metric in search[0]["curves"]:
             curves = [turned(run, metric) for run in search]
-            again = [turned(run, metric) for run in repeats[number]]
+            again = [turned(run, metric) for run in repeats[number]] if repeats[number:] else []
             common_target = float(np.median([np.median(y[-SMOOTHED:]) for y in curves]))
             for place, (run, y) in enumerate(zip(search, curves, strict=True)):
                 before = [one for one in curves[:place] if len(one)]
                 targets = [(share, target, before) for share, target in own_targets(y)]
                 until = [up_to(one, common_target) for one in before]
                 for share, target, siblings in (*targets, ("search", common_target, until)):
+                    repeat = next(iter(again[place : place + 1]), None)
                     for one in case(number, run, metric, SHOWN, share, target):
-                        yield one | {"siblings": siblings, "repeat": again[place]}
+                        yield one | {"siblings": siblings, "repeat": repeat}
 
 
 def by_search(file):
@@ -133,6 +161,7 @@ def case(number, run, metric, seen, share, target):
             "shown": y[:shown],
             "target": target,
             "true": int(reached[0] + 1),
+            "most": run["epochs"],
         }
 
 
@@ -229,8 +258,9 @@ def judged(case):
     return case
 
 
-def error(row, method):
-    return abs(row["epochs"][method] / row["true"] - 1.0)
+def error(row, method, *, capped=False):
+    epochs = row["epochs"][method]
+    return abs((min(epochs, row["most"]) if capped else epochs) / row["true"] - 1.0)
 
 
 def covered(row):
@@ -254,6 +284,13 @@ def halves(rows):
         yield half, [row for row in rows if row["training"] % 2 == parity]
 
 
+def parts_of_searches(rows):
+    """(name, those of it)."""
+    yield from halves([row for row in rows if row["training"] < LATER])
+    yield "recorded later", [row for row in rows if row["training"] >= LATER]
+    yield "not chosen on", [r for r in rows if r["training"] % 2 or r["training"] >= LATER]
+
+
 def summaries(rows):
     """For each half, share seen and group: errors of each method, coverage of our interval."""
     for half, those in halves(rows):
@@ -264,15 +301,20 @@ def summaries(rows):
 
 
 def summaries_of_searches(rows):
-    """The same for each half, number of siblings and group; targets of searches are a group."""
-    for half, those in halves(rows):
+    """The same for each part, number of siblings and group; targets of searches are a group."""
+    for half, those in parts_of_searches(rows):
         for siblings, (least, most) in SIBLINGS.items():
             those_with = [row for row in those if least <= row["siblings"] <= most]
             own = [row for row in those_with if row["at"] != "search"]
             schedules = dict.fromkeys(row["schedule"] for row in own)
-            by_schedule = [(s, [r for r in own if r["schedule"] == s]) for s in schedules]
+            split = [(s, [r for r in own if r["schedule"] == s]) for s in schedules]
+            split += [
+                (f"{metric}, {schedule}", [row for row in of if row["metric"] == metric])
+                for schedule, of in split
+                for metric in METRICS
+            ]
             one_target = [row for row in those_with if row["at"] == "search"]
-            for group, here in (*groups(own), *by_schedule, ("target of the search", one_target)):
+            for group, here in (*groups(own), *split, ("target of the search", one_target)):
                 if here:
                     about = {"half": half, "siblings": siblings, "group": group}
                     yield about | summary(here, WITH_SIBLINGS | REPEATED)
@@ -280,15 +322,30 @@ def summaries_of_searches(rows):
 
 def summary(rows, methods):
     """Of rows of one group."""
-    errors = {name: [error(row, name) for row in rows] for name in methods}
+    known = {name: [row for row in rows if name in row["epochs"]] for name in methods}
+    errors = {n: [error(row, n) for row in of] for n, of in known.items() if of}
+    capped = {n: [error(row, n, capped=True) for row in of] for n, of in known.items() if of}
     return {
         "cases": len(rows),
         "median": {name: number(np.median(e)) for name, e in errors.items()},
+        "capped": {name: number(np.median(e)) for name, e in capped.items()},
         "p75": {name: number(np.quantile(np.minimum(e, 1e9), 0.75)) for name, e in errors.items()},
         "given_up": {name: number(np.mean(np.isinf(e))) for name, e in errors.items()},
         "covered": number(np.mean([covered(row) for row in rows])),
         "cpu_ms": number(np.median([row["cpu_ms"] for row in rows])),
     }
+
+
+def claims(in_searches):
+    """What is claimed, and whether it holds; all targets, all trials, with or without siblings."""
+    found = []
+    for group, label, capped in CLAIMS:
+        about = {"half": "not chosen on", "siblings": "all", "group": group}
+        line = next(one for one in in_searches if about.items() <= one.items())
+        median = line["capped" if capped else "median"]["siblings"]
+        said = f"{label}: median error {100 * median:.1f} % of {line['cases']} at {SHOWN:.0%} seen"
+        found.append(real_jobs.claim(said, median < CLAIMED))
+    return found
 
 
 def number(value):
@@ -329,13 +386,13 @@ def draw(rows, found, in_searches, facts):
     here = [one for one in believed if one["seen"] == SHOWN and one["group"].startswith("at ")]
     labels = [f"{one['group']}\n{100 * one['covered']:.0f} % in interval" for one in here]
     bars(axes[2], here, METHODS, ours, labels)
-    axes[2].set_title(f"{SHOWN:.0%} seen, target at this part of the epochs")
-    here = [one for one in in_searches if one["half"] == "to believe" and one["group"] == "all"]
+    axes[2].set_title(f"{SHOWN:.0%} seen, by where the target is")
+    here = [r for r in in_searches if r["half"] == "not chosen on" and r["group"] == "all"]
     labels = [f"{one['siblings']}\n{100 * one['covered']:.0f} %" for one in here]
     drawn = WITH_SIBLINGS | {"repeat": REPEATED["repeat"]}
     bars(axes[3], here, drawn, ours, labels)
     axes[3].set_title("trials of searches, by siblings before")
-    axes[3].legend(fontsize=8)
+    axes[3].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     common.save_figure(fig, "loss_curves", facts)
 
 
@@ -343,7 +400,8 @@ def bars(axis, groups, methods, colours, labels):
     """Median errors of methods in some groups."""
     width = 0.8 / len(methods)
     for place, name in enumerate(methods):
-        heights = [100 * min(9.9, one["median"][name] or 9.9) for one in groups]
+        medians = [one["median"].get(name, 0.0) for one in groups]  # nothing: no bar
+        heights = [100 * (9.9 if median is None else min(9.9, median)) for median in medians]
         at = np.arange(len(groups)) + (place - 0.5 * (len(methods) - 1)) * width
         label = methods[name] if name not in METHODS else None  # the others have theirs
         axis.bar(at, heights, width, color=colours[name], label=label)
@@ -355,12 +413,13 @@ def bars(axis, groups, methods, colours, labels):
 def tell(title, found, methods, ours):
     """A table of summaries."""
     common.table(
-        (title, "cases", *methods, "p75", "covered", "given up", "ms"),
+        (title, "cases", *methods, "capped", "p75", "covered", "given up", "ms"),
         [
             (
                 ", ".join(str(one[key]) for key in list(one)[:3]),
                 one["cases"],
-                *(one["median"][name] for name in methods),
+                *(one["median"].get(name) for name in methods),
+                one["capped"][ours],
                 one["p75"][ours],
                 one["covered"],
                 one["given_up"][ours],
@@ -373,9 +432,15 @@ def tell(title, found, methods, ours):
 
 def main():
     facts = common.machine()
-    rows = [judged(one) | {"seen": seen} for seen in SEEN for one in cases(seen)]
-    found = list(summaries(rows))
-    in_searches = list(summaries_of_searches([judged(one) for one in cases_of_searches()]))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        every = [one | {"seen": seen} for seen in SEEN for one in cases(seen)]
+        rows = list(pool.map(judged, every, chunksize=20))
+        found = list(summaries(rows))
+        of_searches = list(pool.map(judged, cases_of_searches(), chunksize=20))
+        in_searches = list(summaries_of_searches(of_searches))
+    tell("half, seen, group", found, METHODS, "ours")
+    shown = [one for one in in_searches if one["half"] == "not chosen on"]
+    tell("part, siblings, group", shown, WITH_SIBLINGS | REPEATED, "siblings")
     common.save(
         "loss_curves",
         facts,
@@ -385,12 +450,11 @@ def main():
             "promised": {str(seen): promised(seen) for seen in SEEN},
             "summary": found,
             "searches": in_searches,
+            "claims": claims(in_searches),
             "cases": [told(row) for row in rows if row["seen"] == SHOWN],
         },
     )
     draw(rows, found, in_searches, facts)
-    tell("half, seen, group", found, METHODS, "ours")
-    tell("half, siblings, group", in_searches, WITH_SIBLINGS | REPEATED, "siblings")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Nobody knows beforehand how many epochs such a job will take. Its allocation is 
 that are left: the fewer they are, the fewer functions keep a deadline, and the more a budget
 affords.
 
-The jobs are the searches of ``curves/searches.json`` (``curves/record.py``): twelve trainings of
+The jobs are the searches of ``curves/searches.json`` (``curves/record.py``): a dozen trainings of
 one function, one after the other. They report the training loss that was recorded, and the target
 is the value at which half of them end. The time per iteration of an allocation is one of those that
 ``bench_siblings.py`` has measured, by turns. Goals: the cheapest by the time that all epochs take
@@ -55,6 +55,8 @@ METHODS = {
     "truth": "the truth",
 }
 METRIC, MORE = "loss", 1.1
+#: Trainings of a search.
+TRIALS = 12
 #: Of an epoch on three of the largest functions, seconds; where a worker says how it goes.
 EPOCH_S, PROGRESS_S, USUAL = 20.0, 5.0, 3
 #: Of the pace of an epoch.
@@ -91,7 +93,7 @@ class Search:
     def __init__(self, given, number, goal, method):
         jobs, table, works = given
         self.number, self.goal_name, self.method = number, goal, method
-        trainings = curves.by_search(curves.SEARCHES)[number]
+        trainings = curves.by_search(curves.SEARCHES)[number][:TRIALS]
         self.values = [run["curves"][METRIC] for run in trainings]
         ends = [np.median(v[-curves.SMOOTHED :]) for v in self.values]
         self.target = float(np.median(ends))

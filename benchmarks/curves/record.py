@@ -7,10 +7,10 @@ ends there.
 
     python benchmarks/curves/record.py curves|searches|repeats [folder of Fashion-MNIST]
 
-writes one of three files beside it, in some minutes of one core: ``curves.json`` has trainings that
-have little to do with each other; ``searches.json`` has searches, of random configurations of one
-training function each, in the order in which they were drawn; ``repeats.json`` has the trainings of
-``searches.json`` once more, with other seeds.
+writes one of three files beside it: ``curves.json`` has trainings that have little to do with each
+other; ``searches.json`` has searches, of random configurations of one training function each, in
+the order in which they were drawn (an hour of one core, the others some minutes); ``repeats.json``
+has the first trainings of the searches once more, with other seeds.
 """
 
 import itertools
@@ -36,10 +36,9 @@ HERE = Path(__file__).parent
 FEW, MANY, HELD_OUT = 2000, 12_000, 1000
 #: Significant digits that are kept.
 DIGITS = 5
-#: Trials of a search.
-TRIALS = 12
-#: The first seed of trainings that are repeated.
-REPEATED = 1000
+#: Of each file: trials of a search; the first seed.
+TRIALS = {"searches": 48, "repeats": 12}
+SEEDS = {"curves": 0, "searches": 5000, "repeats": 1000}
 #: What is drawn: (least, most) of the rate, and of the width.
 RATES = {"sgd": (2e-3, 0.2), "adam": (1e-4, 1e-2)}
 WIDTHS = {"linear": (1, 1), "mlp": (8, 128), "cnn": (3, 10)}
@@ -94,13 +93,24 @@ SEARCHES = (
     ("digits", "cnn", "adam", "steps", 60, True),
     ("digits", "cnn", "sgd", "cosine", 60, False),
 )
+#: Those that were added when nothing was chosen any more; not repeated.
+LATER = (
+    ("fashion", "cnn", "sgd", "steps", 40, True),
+    ("fashion", "mlp", "adam", "constant", 60, True),
+    ("fashion 12,000", "mlp", "sgd", "cosine", 40, False),
+    ("fashion 12,000", "linear", "adam", "steps", 40, False),
+    ("digits", "mlp", "sgd", "constant", 80, False),
+    ("digits", "cnn", "adam", "cosine", 60, False),
+    ("cancer", "mlp", "sgd", "cosine", 80, False),
+    ("diabetes", "linear", "sgd", "constant", 80, False),
+)
 
 
-def searches():
+def searches(settings, trials):
     """What ``trainings`` yields, and more, drawn at random for every search."""
-    for number, (data, model, kind, schedule, epochs, regularised) in enumerate(SEARCHES):
+    for number, (data, model, kind, schedule, epochs, regularised) in enumerate(settings):
         rng = np.random.default_rng(number)
-        for _ in range(TRIALS):
+        for _ in range(trials):
             log_rate, log_width = (rng.uniform(*np.log(b)) for b in (RATES[kind], WIDTHS[model]))
             yield {
                 "search": number,
@@ -247,14 +257,17 @@ def train(one, seed):
 
 def main():
     torch.set_num_threads(1)
-    kinds = {"curves": trainings, "searches": searches, "repeats": searches}
+    kinds = {
+        "curves": trainings(),
+        "searches": searches(SEARCHES + LATER, TRIALS["searches"]),
+        "repeats": searches(SEARCHES, TRIALS["repeats"]),
+    }
     if sys.argv[1:2] not in ([kind] for kind in kinds):
         raise SystemExit(f"say what to record: {' or '.join(kinds)}")
     if sys.argv[2:]:
         fashion.FASHION = Path(sys.argv[2])
     found, begun = [], time.process_time()
-    first = REPEATED if sys.argv[1] == "repeats" else 0
-    for seed, one in enumerate(kinds[sys.argv[1]](), first):
+    for seed, one in enumerate(kinds[sys.argv[1]], SEEDS[sys.argv[1]]):
         found.append(train(one, seed))
         print(f"{time.process_time() - begun:6.1f} s", *one.values(), flush=True)
     lines = ",\n".join(json.dumps(each, separators=(",", ":")) for each in found)

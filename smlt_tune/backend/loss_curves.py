@@ -40,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlt_tune.backend.resource_manager.observations import Interval
-from smlt_tune.backend.sibling_curves import MOST, Siblings
+from smlt_tune.backend.sibling_curves import Siblings
 from smlt_tune.errors import InvalidInput
 
 Array = NDArray[np.float64]
@@ -164,7 +164,8 @@ def forecast(
         best: No curve passes this value: 0 for a loss that is not negative, 1 for an accuracy.
             Predictions are clearly better for knowing it.
         siblings: The same metric of other trainings of the same function, oldest first; whole
-            curves, or as far as they are known. The newest that are longer than this one count.
+            curves, or as far as they are known. Of those that are longer than this one, the ones
+            that began most alike count.
 
     Returns:
         None if fewer than ``FEWEST`` epochs have a finite value.
@@ -227,13 +228,13 @@ def _check(target: float, falling: bool, best: float | None) -> None:
 
 
 def _longer(siblings: Sequence[Sequence[float]], sign: float, now: int) -> list[Array]:
-    """The newest curves that say something of what is ahead, with NaN where there is no number."""
+    """Curves that say something of what is ahead, newest first, NaN where there is no number."""
     found: list[Array] = []
     for values in reversed(siblings):
         curve = sign * np.asarray(values, dtype=np.float64)
         curve[~(np.abs(curve) < _LARGEST)] = math.nan
         known = np.flatnonzero(np.isfinite(curve))
-        if len(known) >= FEWEST and known[-1] >= now and len(found) < MOST:
+        if len(known) >= FEWEST and known[-1] >= now:
             found.append(curve)
     return found
 
@@ -393,15 +394,16 @@ def _first_passage(
         curves: Of siblings, scaled.
     """
     ends = np.unique(np.geomspace(now + 1, HORIZON * now, _POINTS).round())
-    siblings = Siblings(curves, floor, y, goal) if curves else None
+    epochs = np.rint(x * now)
+    siblings = Siblings(curves, floor, epochs, y, goal) if curves else None
     drawn = _fitted(x, y, ends / now, floor, siblings, now)
     if siblings is not None:
         count = round(_DRAWS * _BLENDED / (1.0 - _BLENDED))
         numbers = np.random.default_rng(1).standard_normal((count, len(ends)))
-        drawn = np.concatenate([drawn, siblings.blended(np.rint(x * now), y, ends, numbers)])
+        drawn = np.concatenate([drawn, siblings.blended(epochs, y, ends, numbers)])
     hazard = np.minimum(_below((goal - drawn) / _noise(y)), 1.0 - 1e-12)
-    epochs = np.diff(ends, prepend=now)
-    missed = np.exp(np.cumsum(epochs * np.log1p(-hazard), axis=1)).mean(axis=0)
+    between = np.diff(ends, prepend=now)
+    missed = np.exp(np.cumsum(between * np.log1p(-hazard), axis=1)).mean(axis=0)
     low, mid, high = (_quantile(1.0 - missed, ends, now, q) for q in _QUANTILES)
     return Forecast(Interval(low, mid, high), float(1.0 - missed[-1]))
 

@@ -9,14 +9,15 @@ A curve cannot tell what it has not seen yet, such as a rate that decays; those 
 | l_j | that of sibling j; k siblings | (k, epochs) |
 | m | their mean | (epochs,) |
 
-Siblings are used in two ways, which err differently. **Stretched**: another rate or batch size
-makes a training faster or slower, so a sibling's curve with another unit of time is one more shape
-of a curve; its height is fitted (Chandrashekaran, Lane: Speeding up hyper-parameter optimization by
-extrapolation of learning curves using previous builds, ECML PKDD 2017). **Blended**: a Gaussian
-process whose mean and covariance are those of the siblings. Given the epochs so far, it is m plus
-that blend of the l_j - m that fits best, each with as much confidence as k curves give. Besides,
-the training has a course of its own: a trend, a smooth departure and a random walk, of several
-sizes, which count by their marginal likelihoods.
+Only siblings that began alike are used: l(e) took the same course, late epochs counting more, and
+was, less important, at the same level. They are used in two ways, which err differently.
+**Stretched**: another rate or batch size makes a training faster or slower, so a sibling's curve
+with another unit of time is one more shape of a curve; its height is fitted (Chandrashekaran, Lane:
+Speeding up hyper-parameter optimization by extrapolation of learning curves using previous builds,
+ECML PKDD 2017). **Blended**: a Gaussian process whose mean and covariance are those of the
+siblings. Given the epochs so far, it is m plus that blend of the l_j - m that fits best, each with
+as much confidence as k curves give. Besides, the training has a course of its own: a trend, a
+smooth departure and a random walk, of several sizes, which count by their marginal likelihoods.
 """
 
 import math
@@ -27,10 +28,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-#: Siblings that are used, the newest: bounds the time of a prediction.
-MOST = 8
+#: Siblings that are used, those that began most alike.
+MOST = 6
 
 # Chosen on one half of the recorded searches, see benchmarks/bench_loss_curves.py.
+#: How much less another level counts than another course, when beginnings are compared.
+_OF_LEVEL = 0.1
 #: Units of time of a stretched sibling, and the standard deviation of their logarithm.
 _STRETCHES = np.geomspace(1.0 / 3.0, 3.0, 13)
 _STRETCH = 0.3
@@ -51,16 +54,19 @@ class Siblings:
 
     Args:
         curves: Values that fall, after each epoch from the first; NaN where there is none. At least
-            four are numbers.
+            four are numbers. The newest first.
         floor: The best possible value; -inf if nobody knows.
-        own: Finite values of the training itself.
+        epochs: Of the training itself, those so far that have a value; shape (known,).
+        own: Of these; shape (known,).
         goal: What it heads for.
 
     Attributes:
         floor: From which distances are counted.
     """
 
-    def __init__(self, curves: Sequence[Array], floor: float, own: Array, goal: float) -> None:
+    def __init__(
+        self, curves: Sequence[Array], floor: float, epochs: Array, own: Array, goal: float
+    ) -> None:
         known = [np.flatnonzero(np.isfinite(curve)) for curve in curves]
         finite = [curve[there] for curve, there in zip(curves, known, strict=True)]
         values = np.concatenate([own, *finite])
@@ -73,6 +79,12 @@ class Siblings:
             _course(np.asarray(there + 1.0), self.distance(values))
             for there, values in zip(known, finite, strict=True)
         ]
+        apart = self.at(epochs) - self.distance(own)
+        weights = epochs / epochs.sum()
+        level = apart @ weights
+        unlike = apart**2 @ weights - (1.0 - _OF_LEVEL) * level**2
+        alike = np.argsort(unlike, kind="stable")[:MOST]
+        self._courses = [self._courses[each] for each in alike]
 
     def distance(self, values: Array) -> Array:
         """Logarithm of the distance to the best possible value."""

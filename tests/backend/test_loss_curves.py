@@ -186,19 +186,23 @@ def test_siblings_that_know_nothing_of_what_is_ahead_change_nothing():
     assert forecast(curve, 0.4, best=0.0, siblings=[*short, few]) == alone
 
 
-def test_the_newest_siblings_count():
-    curve = decaying(1.0, 0.3, 99)[:30]
-    siblings = [decaying(1.0 + 0.1 * seed, 0.3, seed) for seed in range(MOST)]
-    newest = forecast(curve, 0.5, best=0.0, siblings=siblings)
-    assert forecast(curve, 0.5, best=0.0, siblings=[FALLING["CE-scaling"], *siblings]) == newest
-    assert forecast(curve, 0.5, best=0.0, siblings=[*siblings[:-1], FALLING["Hill"]]) != newest
+def test_siblings_count_that_began_most_alike():
+    """Not the newest, and not those that began at the same level on another course."""
+    curve = decaying(1.0, 0.3, 99)
+    alike = [decaying(1.0 + 0.1 * seed, 0.3, seed) for seed in range(MOST)]
+    given = {"target": 0.5, "best": 0.0}
+    found = forecast(curve[:30], **given, siblings=alike)
+    others = [curve[29] * (EPOCHS / 30.0) ** -power for power in (0.9, 1.0, 1.1, 1.2, 1.3, 1.4)]
+    for siblings in ([*alike, *others], [*others, *alike]):
+        assert forecast(curve[:30], **given, siblings=siblings) == found
+    assert forecast(curve[:30], **given, siblings=others) != found
 
 
 def test_trials_of_real_searches_are_foretold_better_with_their_siblings():
     """From 30 % of their epochs to where they end, for searches that no constant was chosen on."""
     alone, found, covered = [], [], []
     runs = json.loads(SEARCHES.read_text(encoding="utf-8"))
-    for number in range(1, 16, 2):
+    for number in (*range(1, 16, 2), *range(16, 24)):
         search = [run["curves"] for run in runs if run["search"] == number]
         for metric in search[0]:
             sign, best = (-1.0, 1.0) if metric == "accuracy" else (1.0, 0.0)
