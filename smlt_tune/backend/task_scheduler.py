@@ -1251,16 +1251,13 @@ class TaskScheduler:
         """
         most, free = self._platform.limits.functions, max(0, self._free_functions())
         fair = max(1, most // max(1, sum(not j.paused for j in self._active.values())))
-        waiting = self._waiting()
+        wanted = {j.job_id: j.plan.allocation.workers for j in self._waiting() if j.plan}
+        total = sum(wanted.values())
 
         def share(job: Record) -> int:
             own = max((g.allocation.workers for g in job.generations if not g.closed), default=0)
-            wanted = [
-                other.plan.allocation.workers
-                for other in waiting
-                if other is not job and other.plan
-            ]
-            room = min(0, free - sum(wanted)) if wanted else free
+            others = total - wanted.get(job.job_id, 0)
+            room = min(0, free - others) if others else free
             return min(most, max(fair, own + room))
 
         return share
