@@ -11,9 +11,11 @@ epochs what does not come.
 
 Besides, there are searches, of 48 random configurations of one training function each. A trial of
 one is predicted from the beginning of its curve alone, and with the whole curves of the trials
-before it. Of the first 16 searches, the even ones were for choosing; the last eight were recorded
-when nothing was chosen any more. A trial's own targets are as above; the target of a search is the
-value at which half of its trainings end, and then siblings end when they reach it.
+before it. Of the first 16 searches, the even ones were for choosing; but which siblings count, and
+how many, was decided with all of these 16 in view. So what is claimed is asked of the last eight,
+which were recorded when nothing was chosen any more. A trial's own targets are as above; the target
+of a search is the value at which half of its trainings end, and then siblings end when they reach
+it.
 
 A job ends with its last epoch, whether the target is reached or not, and nobody plans beyond that:
 ``capped`` are the errors of predictions that are cut there, as the scheduler does.
@@ -33,6 +35,7 @@ import os
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -72,10 +75,10 @@ SIBLINGS = {
     "12 or more": (12, 99),
     "all": (0, 99),
 }
-#: Searches before this one were recorded when something was still to be chosen.
+#: Searches before this one were recorded when something was still to be chosen, and repeated.
 LATER = 16
-#: The most that the median error may be over all trials of searches that nothing was chosen on; and
-#: where that is asked: (group, what it is, whether predictions are cut at the last epoch).
+#: The most that the median error may be over all trials of the later ones; and where that is asked:
+#: (group, what it is, whether predictions are cut at the last epoch).
 CLAIMED = 0.1
 CLAIMS = (
     ("loss, constant", "training loss, rate constant", False),
@@ -101,20 +104,19 @@ def cases(seen):
 def cases_of_searches():
     """The same of every search; with the curves of the trials before, in ``siblings``.
 
-    In ``repeat`` is the curve of the same training with another seed.
+    In ``repeat`` is the curve of the same training with another seed, None if there is none.
     """
     searches, repeats = (by_search(file) for file in (SEARCHES, REPEATS))
     for number, search in enumerate(searches[:2] if common.QUICK else searches):
         for metric in search[0]["curves"]:
             curves = [turned(run, metric) for run in search]
-            again = [turned(run, metric) for run in repeats[number]] if repeats[number:] else []
+            again = [turned(run, metric) for run in repeats[number]] if number < LATER else []
             common_target = float(np.median([np.median(y[-SMOOTHED:]) for y in curves]))
-            for place, (run, y) in enumerate(zip(search, curves, strict=True)):
+            for place, (run, y, repeat) in enumerate(zip_longest(search, curves, again)):
                 before = [one for one in curves[:place] if len(one)]
                 targets = [(share, target, before) for share, target in own_targets(y)]
                 until = [up_to(one, common_target) for one in before]
                 for share, target, siblings in (*targets, ("search", common_target, until)):
-                    repeat = next(iter(again[place : place + 1]), None)
                     for one in case(number, run, metric, SHOWN, share, target):
                         yield one | {"siblings": siblings, "repeat": repeat}
 
@@ -288,7 +290,6 @@ def parts_of_searches(rows):
     """(name, those of it)."""
     yield from halves([row for row in rows if row["training"] < LATER])
     yield "recorded later", [row for row in rows if row["training"] >= LATER]
-    yield "not chosen on", [r for r in rows if r["training"] % 2 or r["training"] >= LATER]
 
 
 def summaries(rows):
@@ -340,7 +341,7 @@ def claims(in_searches):
     """What is claimed, and whether it holds; all targets, all trials, with or without siblings."""
     found = []
     for group, label, capped in CLAIMS:
-        about = {"half": "not chosen on", "siblings": "all", "group": group}
+        about = {"half": "recorded later", "siblings": "all", "group": group}
         line = next(one for one in in_searches if about.items() <= one.items())
         median = line["capped" if capped else "median"]["siblings"]
         said = f"{label}: median error {100 * median:.1f} % of {line['cases']} at {SHOWN:.0%} seen"
@@ -362,7 +363,7 @@ def told(row):
 def draw(rows, found, in_searches, facts):
     fig, axes = common.figure(1, 4, figsize=(17, 4.2), width_ratios=(1.1, 1, 1, 1.1))
     ours = dict(zip(METHODS, common.COLOURS, strict=False))
-    ours |= {"siblings": common.COLOURS[6], "repeat": common.COLOURS[5]}
+    ours |= {"siblings": common.COLOURS[6]}
     believed = [one for one in found if one["half"] == "to believe"]
     for name, label in METHODS.items():
         line = [one["median"][name] for one in believed if one["group"] == "all"]
@@ -387,11 +388,10 @@ def draw(rows, found, in_searches, facts):
     labels = [f"{one['group']}\n{100 * one['covered']:.0f} % in interval" for one in here]
     bars(axes[2], here, METHODS, ours, labels)
     axes[2].set_title(f"{SHOWN:.0%} seen, by where the target is")
-    here = [r for r in in_searches if r["half"] == "not chosen on" and r["group"] == "all"]
+    here = [r for r in in_searches if r["half"] == "recorded later" and r["group"] == "all"]
     labels = [f"{one['siblings']}\n{100 * one['covered']:.0f} %" for one in here]
-    drawn = WITH_SIBLINGS | {"repeat": REPEATED["repeat"]}
-    bars(axes[3], here, drawn, ours, labels)
-    axes[3].set_title("trials of searches, by siblings before")
+    bars(axes[3], here, WITH_SIBLINGS, ours, labels)
+    axes[3].set_title("trials of later searches, by siblings before")
     axes[3].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     common.save_figure(fig, "loss_curves", facts)
 
@@ -400,8 +400,7 @@ def bars(axis, groups, methods, colours, labels):
     """Median errors of methods in some groups."""
     width = 0.8 / len(methods)
     for place, name in enumerate(methods):
-        medians = [one["median"].get(name, 0.0) for one in groups]  # nothing: no bar
-        heights = [100 * (9.9 if median is None else min(9.9, median)) for median in medians]
+        heights = [100 * min(9.9, one["median"][name] or 9.9) for one in groups]
         at = np.arange(len(groups)) + (place - 0.5 * (len(methods) - 1)) * width
         label = methods[name] if name not in METHODS else None  # the others have theirs
         axis.bar(at, heights, width, color=colours[name], label=label)
@@ -439,7 +438,7 @@ def main():
         of_searches = list(pool.map(judged, cases_of_searches(), chunksize=20))
         in_searches = list(summaries_of_searches(of_searches))
     tell("half, seen, group", found, METHODS, "ours")
-    shown = [one for one in in_searches if one["half"] == "not chosen on"]
+    shown = [one for one in in_searches if one["half"] != "chosen on"]
     tell("part, siblings, group", shown, WITH_SIBLINGS | REPEATED, "siblings")
     common.save(
         "loss_curves",

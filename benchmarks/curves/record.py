@@ -9,8 +9,8 @@ ends there.
 
 writes one of three files beside it: ``curves.json`` has trainings that have little to do with each
 other; ``searches.json`` has searches, of random configurations of one training function each, in
-the order in which they were drawn (an hour of one core, the others some minutes); ``repeats.json``
-has the first trainings of the searches once more, with other seeds.
+the order in which they were drawn (most of an hour of one core, the others some minutes);
+``repeats.json`` has the first trainings of the searches once more, with other seeds.
 """
 
 import itertools

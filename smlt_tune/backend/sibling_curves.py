@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-#: Siblings that are used, those that began most alike.
+#: Siblings that are used, those that began most alike. Four or eight foretell as well.
 MOST = 6
 
 # Chosen on one half of the recorded searches, see benchmarks/bench_loss_curves.py.
